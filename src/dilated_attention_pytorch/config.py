@@ -29,6 +29,26 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def head_offsets(rule: str, heads: int, rate: int) -> tuple[int, ...]:
+    """First kept step s_h of each query head in a segment of dilation `rate`.
+
+    Args:
+        rule: "cyclic" (LongNet: h mod r), "blocked" (torchscale: ⌊h / ⌈H/r⌉⌋) or "zero".
+        heads: H, query heads.
+        rate: r, the dilation rate.
+
+    Raises:
+        ConfigError: The rule is none of these; explicit offsets ("table") come from the caller.
+    """
+    if rule == "cyclic":
+        return tuple(head % rate for head in range(heads))
+    if rule == "blocked":
+        return tuple(head // cdiv(heads, rate) for head in range(heads))
+    if rule == "zero":
+        return (0,) * heads
+    raise ConfigError(f"head_offset must be 'cyclic', 'blocked' or 'zero' to follow a rule, got {rule!r}")
+
+
 @dataclass(frozen=True, order=True)
 class LaunchConfig:
     """Sizes of one kernel launch, in the order a person would say them.
