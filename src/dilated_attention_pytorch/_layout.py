@@ -1,0 +1,31 @@
+"""Where the artifacts lie: kernels and measurements.
+
+A wheel carries them inside the package. A checkout, installed editable or not at all, has them at its root, where
+the workshop and the tuner write them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "_artifacts"
+
+
+def is_checkout() -> bool:
+    """The package is read from a checkout, so that new kernels and measurements can be kept in it."""
+    return not _INSTALLED.is_dir()
+
+
+def generated_dir() -> Path:
+    """The folder of the rendered kernel modules."""
+    return _root() / "generated"
+
+
+def tune_db_dir() -> Path:
+    """The folder of the tuning database that came with the package."""
+    return _root() / "tune_db"
+
+
+def _root() -> Path:
+    return _PACKAGE.parent.parent if is_checkout() else _INSTALLED
