@@ -1,0 +1,177 @@
+"""Which variants are rendered, and why these.
+
+A *pattern* is what a model asks for: a segment length, a dilation rate, an order and who asks. Each becomes the
+texts from which the plan may choose when it knows N and the block sizes. A pattern that is not listed runs through a
+general variant; one line in `PATTERNS`, or `python -m codegen --add 3000:5:hilbert`, gives it texts of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dilated_attention_pytorch.errors import CodegenError
+from dilated_attention_pytorch.variant import ORDERS, QUERIES, Variant
+
+ONE_TILE_ROWS = 128
+"""A segment of at most so many kept rows may be held by one tile."""
+SMALLEST_TILE = 16
+"""Rows that a tile has at least: a tensor core takes no fewer."""
+EVEN_ROWS = 64
+"""Kept rows are a multiple of this where tiles of 64, the commonest size, shall fill a segment."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A branch that somebody runs, and who.
+
+    Attributes:
+        segment: Segment length w in steps, or "full": one segment holds the sequence, however long.
+        dilation: Dilation rate r.
+        order: "none", "snake" or "hilbert" (any permutation).
+        queries: "dilated" or "all".
+        reason: The workload that asks for it.
+    """
+
+    segment: int | str
+    dilation: int
+    order: str = "none"
+    queries: str = "dilated"
+    reason: str = "added"
+
+    def __post_init__(self) -> None:
+        self.variant()
+
+    def variant(self, *, one_tile: bool = False, even: bool = False) -> Variant:
+        """One of the pattern's texts."""
+        return Variant(self.segment, self.dilation, self.order, self.queries, one_tile, even)
+
+    def texts(self) -> Iterator[tuple[Variant, str]]:
+        """The pattern's variants, each with what it relies on."""
+        rows = self.variant().rows
+        whole = isinstance(self.segment, str) or self.segment % self.dilation == 0
+        yield self.variant(), ""
+        if whole and (rows is None or rows % EVEN_ROWS == 0):
+            yield self.variant(even=True), "nothing is ragged"
+        if rows is not None and rows <= ONE_TILE_ROWS:
+            yield self.variant(one_tile=True), "one tile holds a segment"
+            if whole and rows >= SMALLEST_TILE and rows & (rows - 1) == 0:
+                yield self.variant(one_tile=True, even=True), "one tile is a segment"
+
+
+# One line a pattern. The first fields are Pattern's: segment, dilation, order, queries.
+PATTERNS = [
+    Pattern(2048, 1, reason="longnet"),
+    Pattern(4096, 2, reason="longnet"),
+    Pattern(8192, 4, reason="longnet"),
+    Pattern(16384, 6, reason="longnet"),
+    Pattern("full", 12, reason="longnet"),
+    Pattern(1024, 1, reason="gigapath"),
+    Pattern(5792, 2, reason="gigapath"),
+    Pattern("full", 4, reason="gigapath"),
+    Pattern("full", 8, reason="gigapath"),
+    Pattern("full", 16, reason="gigapath"),
+    Pattern(1024, 1, reason="longvit"),
+    Pattern(2048, 2, reason="longvit"),
+    Pattern(4096, 4, reason="longvit"),
+    Pattern(8192, 8, reason="longvit"),
+    Pattern("full", 16, reason="longvit"),
+    Pattern(2048, 1, reason="readme"),
+    Pattern(4096, 2, reason="readme"),
+    Pattern("full", 4, reason="readme"),
+    Pattern(2048, 1, reason="wide"),
+    Pattern(4096, 2, reason="wide"),
+    Pattern(8192, 4, reason="wide"),
+    Pattern(16384, 8, reason="wide"),
+    Pattern(32768, 16, reason="wide"),
+    Pattern(128, 1, "none", "all", reason="core"),
+    Pattern(128, 2, "none", "all", reason="core"),
+    Pattern(128, 4, "none", "all", reason="core"),
+    Pattern(128, 1, "snake", "all", reason="core"),
+    Pattern(128, 2, "snake", "all", reason="core"),
+    Pattern(128, 4, "snake", "all", reason="core"),
+    Pattern(1024, 1, "hilbert", reason="image"),
+    Pattern(1024, 2, "hilbert", reason="image"),
+    Pattern("full", 1, reason="dense attention, a branch of many"),
+]
+
+
+def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
+    """Every variant that is rendered, with its reasons; patterns that share a variant join theirs."""
+    who: dict[Variant, list[str]] = {}
+    what: dict[Variant, str] = {}
+    for pattern in patterns:
+        for variant, relies_on in pattern.texts():
+            reasons = who.setdefault(variant, [])
+            if pattern.reason not in reasons:
+                reasons.append(pattern.reason)
+            what[variant] = relies_on
+    reasons_of = {variant: "; ".join(filter(None, (", ".join(who[variant]), what[variant]))) for variant in who}
+    for order in ORDERS:
+        for queries in QUERIES:
+            reasons_of[Variant(None, None, order, queries)] = "any other segment and dilation"
+            reasons_of[Variant("full", None, order, queries)] = "one segment, any other dilation"
+    return dict(sorted(reasons_of.items(), key=lambda item: _reading_order(item[0])))
+
+
+def _reading_order(variant: Variant) -> tuple[int, ...]:
+    """The general ones, then full ones, then segments by number: as a person would look one up."""
+    length = variant.segment if isinstance(variant.segment, int) else -1 if variant.segment == "full" else -2
+    words = ORDERS.index(variant.order), QUERIES.index(variant.queries)
+    return length, variant.dilation or 0, *words, variant.one_tile, variant.even
+
+
+VARIANTS = expand(PATTERNS)
+
+
+def parse(spec: str) -> Pattern:
+    """The pattern that `--add` is given: `segment:dilation[:order][:queries]`, such as `3000:5:hilbert:all`.
+
+    Raises:
+        CodegenError: The text is none; the message says which part.
+    """
+    usage = "expected segment:dilation[:order][:queries], e.g. 3000:5:hilbert or full:3"
+    segment, *rest = spec.split(":")
+    if not rest:
+        raise CodegenError(f"{spec!r} has no dilation rate; {usage}")
+    dilation, *words = rest
+    chosen: dict[str, str] = {}
+    for word in words:
+        field = "order" if word in ORDERS else "queries" if word in QUERIES else None
+        if field is None:
+            raise CodegenError(f"{word!r} in {spec!r} is neither an order nor a kind of queries; {usage}")
+        if field in chosen:
+            raise CodegenError(f"{spec!r} names {field} twice; {usage}")
+        chosen[field] = word
+    for label, value in (("segment", segment), ("dilation", dilation)):
+        if not re.fullmatch(r"[1-9][0-9]{0,9}", value) and (label, value) != ("segment", "full"):
+            raise CodegenError(f"{label} {value!r} in {spec!r} is no positive integer; {usage}")
+    if segment != "full" and int(dilation) > int(segment):
+        raise CodegenError(f"{spec!r} keeps one step a segment at most: the general variants do for that; {usage}")
+    return Pattern(segment if segment == "full" else int(segment), int(dilation), **chosen)
+
+
+def with_pattern(source: str, pattern: Pattern) -> str:
+    """This file's text with one more line at the end of `PATTERNS`."""
+    end = next(
+        node.value.end_lineno
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PATTERNS"
+    )
+    assert end is not None
+    words = [repr(pattern.segment).replace("'", '"'), str(pattern.dilation)]
+    if (pattern.order, pattern.queries) != ("none", "dilated"):
+        words.append(f'"{pattern.order}"')
+    if pattern.queries != "dilated":
+        words.append(f'"{pattern.queries}"')
+    lines = source.splitlines(keepends=True)
+    lines.insert(end - 1, f'    Pattern({", ".join(words)}, reason="{pattern.reason}"),\n')
+    return "".join(lines)
+
+
+def add(pattern: Pattern, file: Path = Path(__file__)) -> None:
+    """Write the pattern's line into this file."""
+    file.write_text(with_pattern(file.read_text(encoding="utf-8"), pattern), encoding="utf-8", newline="\n")
