@@ -64,8 +64,6 @@ def render_shared(name: str, templates: Path = TEMPLATES) -> str:
 def _text(template: str, templates: Path, **context: Any) -> str:
     try:
         body = _environment(templates).get_template(template).render(context)
-    except jinja2.TemplateNotFound as error:
-        raise CodegenError(f"there is no template {error} in {templates}") from error
     except jinja2.TemplateError as error:
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".jinja")]
         where = f"{Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else template

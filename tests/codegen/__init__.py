@@ -1,0 +1,1 @@
+"""Tests of the workshop; they render small templates of their own."""
