@@ -126,6 +126,7 @@ class Problem:
         dropout: Probabilities are dropped.
         padding: "none" or "zeros".
         mix_grad: "exact" or "detached".
+        positive_scale: The scores' factor is positive, so that the largest product is the largest score.
         tf32: fp32 products may round to tf32.
         deterministic: Atomics are excluded.
         query_range: Query steps [a, b) of this launch; None is all of them.
@@ -148,6 +149,7 @@ class Problem:
     dropout: bool = False
     padding: str = "none"
     mix_grad: str = "exact"
+    positive_scale: bool = True
     tf32: bool = False
     deterministic: bool = False
     query_range: tuple[int, int] | None = None

@@ -1,0 +1,220 @@
+"""The only caller of generated code: a plan's launches, forward and backward.
+
+Outputs are allocated here and are not initialised: the first branch's kernels write every row, zeros where no step is
+kept, and later branches merge into what they find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import generated
+from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
+from .plan import BranchPlan, Choice, Plan
+
+DELTA_ROWS = 64
+"""Rows a tile of the delta kernel: it reads two tensors once, and any size does."""
+
+
+def forward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward launches of a plan.
+
+    Args:
+        plan: For this problem and device, of the backend "triton".
+        q: (B, N, H, D), or the rows of the plan's query range alone where there is no order.
+        k: (B, N, G, D).
+        v: (B, N, G, D).
+        scale: Positive factor of the scores.
+        index: Steps -> tokens, int32 (N,), where the order is read and not computed.
+        mask: (B, N) bool, True = take part.
+        offsets: int32 (branches, H) where the head offset rule is "table".
+
+    Returns:
+        out like q but contiguous, lse (B, H, rows of q) in float32.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    shared = _shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v)
+    shared.update(p_out=out, p_lse=lse)
+    with _on(q):
+        for place, branch in enumerate(plan.branches):
+            _launch(branch.fwd, _branch_values(plan.problem, branch, place, offsets, shared))
+    return out, lse
+
+
+def backward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    *,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch.
+
+    Args:
+        plan: The forward's.
+        q: As in the forward; so are k, v, scale, index, mask and offsets.
+        out: What the forward returned.
+        lse: What the forward returned.
+        dout: Gradient of out, any strides; expanded ones are read as they are.
+        dlse: Gradient of lse, any strides, or None.
+
+    Returns:
+        dq, dk, dv, contiguous.
+    """
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # A range of queries may leave segments of keys without a launch.
+    allocate = torch.empty if plan.problem.query_range is None else torch.zeros
+    dk = allocate(k.shape, dtype=k.dtype, device=k.device)
+    dv = allocate(v.shape, dtype=v.dtype, device=v.device)
+    if dq.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    shared = _shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
+    delta = torch.empty_like(lse)
+    shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
+    with _on(q):
+        _launch_delta(shared, dlse)
+        for place, branch in enumerate(plan.branches):
+            values = _branch_values(plan.problem, branch, place, offsets, shared)
+            _launch(branch.dkdv, values)
+            _launch(branch.dq, values)
+    return dq, dk, dv
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _shared_values(
+    problem: Problem, scale: float, index: Tensor | None, mask: Tensor | None, **strided: Tensor
+) -> dict[str, Any]:
+    """What all branches of a call pass, by the names of the kernels' glossary."""
+    units = [stride for tensor in strided.values() for stride in tensor.stride()[:3]]
+    unit = 8 if all(stride % 8 == 0 for stride in units) else 1
+    values: dict[str, Any] = {}
+    for name, tensor in strided.items():
+        values[f"p_{name}"] = tensor
+        for axis, letter in enumerate("bnh"):
+            values[f"{name}_{letter}"] = tensor.stride(axis) // unit
+    first, last = problem.query_range or (0, problem.length)
+    q = strided["q"]
+    return values | {
+        "p_index": index,
+        "p_mask": None if mask is None else mask.view(torch.uint8),
+        "mask_b": 0 if mask is None else mask.stride(0),
+        "N": problem.length,
+        "H": problem.heads,
+        "G": problem.kv_heads,
+        "q_start": first,
+        "q_stop": last,
+        "q_base": 0 if q.shape[1] == problem.length else first,
+        "q_rows": q.shape[1],
+        "row_width": problem.row_width,
+        "prefix": problem.prefix,
+        "scale": scale,
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_D": max(next_power_of_two(problem.head_dim), 16),
+        "UNIT": unit,
+        "GROUP": problem.heads // problem.kv_heads,
+        "IS_CAUSAL": problem.causal,
+        "HAS_MASK": mask is not None,
+        "HAS_PHANTOMS": problem.padding == "zeros" and not problem.causal,
+        "HEAD_OFFSET": problem.head_offset,
+        "PRECISION": "tf32" if problem.tf32 else "ieee",
+    }
+
+
+def _branch_values(
+    problem: Problem, branch: BranchPlan, place: int, offsets: Tensor | None, shared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one branch adds; `place` is its turn among the launches."""
+    first, last = problem.query_range or (0, problem.length)
+    first_segment = first // branch.segment
+    return {
+        **shared,
+        "p_offsets": None if offsets is None else offsets[branch.branch],
+        "first_segment": first_segment,
+        "n_segments": cdiv(last, branch.segment) - first_segment,
+        "SEGMENT": branch.segment,
+        "DILATION": branch.dilation,
+        "MERGE": place > 0,
+        "key_rows": cdiv(branch.segment, branch.dilation),
+        "query_rows": _query_rows(problem, branch, last - first),
+    }
+
+
+def _query_rows(problem: Problem, branch: BranchPlan, steps: int) -> int:
+    """Query rows that a segment holds at most; a short range of steps need not start with a row."""
+    if problem.queries == "all":
+        return min(branch.segment, steps)
+    return min(cdiv(branch.segment, branch.dilation), cdiv(steps, branch.dilation) + 1)
+
+
+def _launch(choice: Choice, values: Mapping[str, Any]) -> None:
+    """One launch of a generated kernel."""
+    config = choice.config
+    kernel = getattr(generated.load(choice.variant.name), choice.op)
+    heads, rows, tile = values["H"], values["query_rows"], config.block_m
+    if choice.op == "dkdv":
+        heads, rows, tile = values["G"], values["key_rows"], config.block_n
+        if values["GROUP"] > 1:
+            heads *= values["DILATION"]
+    n_tiles = cdiv(rows, tile)
+    given = {**values, "n_tiles": n_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    grid = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
+    kernel[(grid,)](*_in_order(kernel, given), **_options(config))
+
+
+def _launch_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> None:
+    kernel = generated.load("delta").delta
+    batch, rows, heads, _ = shared["p_out"].shape
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    given = {
+        **shared,
+        "p_dlse": dlse,
+        "dlse_b": strides[0],
+        "dlse_h": strides[1],
+        "dlse_n": strides[2],
+        "N": rows,
+        "BLOCK_M": DELTA_ROWS,
+        "HAS_DLSE": dlse is not None,
+    }
+    kernel[(batch * heads * cdiv(rows, DELTA_ROWS),)](*_in_order(kernel, given), num_warps=4)
+
+
+def _in_order(kernel: Any, values: Mapping[str, Any]) -> Sequence[Any]:
+    """A text lists only the arguments it uses."""
+    return [values[name] for name in kernel.arg_names]
+
+
+def _options(config: LaunchConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.maxnreg is not None:
+        options["maxnreg"] = config.maxnreg
+    return options
