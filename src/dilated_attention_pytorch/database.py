@@ -1,0 +1,509 @@
+"""The tuning database: measured launch configurations, read, looked up and saved. tune_db/README.md is its schema.
+
+Files are read at the first lookup in their architecture and kept; importing this module reads nothing. A lookup is a
+pure function of the problem's key, the device's facts and the files' bytes: it never times and never tunes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from . import _layout, device
+from ._strict_yaml import Field
+from ._strict_yaml import load as load_yaml
+from .config import DTYPE_BYTES, FLAGS, GRID_CAP, OPS, LaunchConfig, ProblemKey, round_rows
+from .device import Device, Toolchain
+from .errors import ConfigError, DatabaseError
+from .source_hash import kernel_hash
+from .variant import ORDERS, QUERIES
+
+SCHEMA = 1
+FOLD = 0.05
+"""A time that moved by no more than this share is the old time: tuning again what is fine changes no file."""
+NEAREST = 2.0
+"""The largest distance at which a measurement of another problem still speaks for this one."""
+
+FRESH, TOOLCHAIN_STALE, KERNEL_STALE, INVALID = "fresh", "toolchain-stale", "kernel-stale", "invalid"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiled kernel takes: bytes of shared memory a block, registers and spilled registers a thread."""
+
+    shared_bytes: int
+    registers: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of a launch: the median with its interval, of the untuned default and of the runner-up.
+
+    `default` and `second` are None where the one did not run and where there was no other candidate.
+    """
+
+    median: float
+    low: float
+    high: float
+    default: float | None
+    second: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """The relative error against the oracle, and the most that was allowed."""
+
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a measurement is from: hash of the kernel's text, versions, day (ISO), candidates raced."""
+
+    kernel: str
+    triton: str
+    torch: str
+    driver: str
+    date: str
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured winner with its evidence."""
+
+    key: ProblemKey
+    config: LaunchConfig
+    resources: Resources
+    time_us: Times
+    check: Check
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An entry that a rung of the lookup offers.
+
+    Attributes:
+        entry: The entry.
+        device: The device it was measured on.
+        distance: How far its key is from the one asked for; 0 for the same key.
+        status: "fresh", "toolchain-stale", "kernel-stale" or "invalid", see `status`.
+        measured_on: Variants whose text is still the one that was measured.
+    """
+
+    entry: Entry
+    device: str
+    distance: float
+    status: str
+    measured_on: tuple[str, ...]
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+class Database:
+    """One folder of measurements, `<arch>/<device>/<op>.yaml`.
+
+    Args:
+        root: The folder.
+        kernels: Names the variants by the hash of their text; asked at the first hit.
+    """
+
+    def __init__(self, root: Path, kernels: Callable[[], Mapping[str, tuple[str, ...]]] | None = None) -> None:
+        self.root = root
+        self._kernels = kernels or rendered_kernels
+        self._arches: dict[str, dict[str, dict[str, Mapping[ProblemKey, Entry]]]] = {}
+
+    def devices(self, arch: str) -> tuple[str, ...]:
+        """Devices of an architecture that have measurements, by name."""
+        return tuple(self._arch(arch))
+
+    def entries(self, arch: str, name: str, op: str) -> Mapping[ProblemKey, Entry]:
+        """What was measured of `op` on a device, by key, in the order of the file."""
+        return self._arch(arch).get(name, {}).get(op, {})
+
+    @cached_property
+    def kernels(self) -> Mapping[str, tuple[str, ...]]:
+        """Variants by the hash of their text."""
+        return self._kernels()
+
+    def files(self) -> list[Path]:
+        """Every file of measurements, sorted.
+
+        Raises:
+            DatabaseError: A YAML file lies where no lookup would ever find it.
+        """
+        found = sorted(path for path in self.root.rglob("*.y*ml") if not path.name.startswith("."))
+        return [path for path in found if path != self.root / "devices.yaml" and self._is_measurements(path)]
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of all bytes that a lookup depends on: equal on ranks that will agree."""
+        total = hashlib.sha256()
+        for path in [self.root / "devices.yaml", *self.files()]:
+            if path.exists():
+                content = path.read_bytes()
+                total.update(f"{path.relative_to(self.root).as_posix()} {len(content)}\n".encode() + content)
+        return total.hexdigest()[:12]
+
+    def _is_measurements(self, path: Path) -> bool:
+        parts = path.relative_to(self.root).parts
+        if len(parts) != 3 or path.suffix != ".yaml" or path.stem not in OPS or device.slug(parts[1]) != parts[1]:
+            raise DatabaseError(
+                f"{path}:1: no lookup would find this file; name it <arch>/<device>/<op>.yaml with the op one of "
+                f"{', '.join(OPS)} and the device in lower-case-with-dashes, or remove it"
+            )
+        return True
+
+    def _arch(self, arch: str) -> dict[str, dict[str, Mapping[ProblemKey, Entry]]]:
+        if arch not in self._arches:
+            shelf: dict[str, dict[str, Mapping[ProblemKey, Entry]]] = {}
+            for path in self.files():
+                if path.parent.parent.name == arch:
+                    shelf.setdefault(path.parent.name, {})[path.stem] = read(path)
+            self._arches[arch] = shelf
+        return self._arches[arch]
+
+
+@lru_cache(maxsize=16)
+def load(root: Path | None = None) -> Database:
+    """The database in a folder, or the committed one; kept for the process.
+
+    Raises:
+        DatabaseError: There is no such folder.
+    """
+    root = _layout.tune_db_dir() if root is None else root
+    if not root.is_dir():
+        raise DatabaseError(f"{root} is no folder; a tuning database is one that holds <arch>/<device>/<op>.yaml")
+    return Database(root)
+
+
+@lru_cache
+def rendered_kernels() -> Mapping[str, tuple[str, ...]]:
+    """The committed variants by the hash of their text."""
+    names: dict[str, tuple[str, ...]] = {}
+    for path in sorted(_layout.generated_dir().glob("*.py")):
+        digest = kernel_hash(path.read_text(encoding="utf-8"))
+        names[digest] = (*names.get(digest, ()), path.stem)
+    return names
+
+
+def read(path: Path) -> Mapping[ProblemKey, Entry]:
+    """The entries of one file by key.
+
+    Raises:
+        DatabaseError: The file breaks its schema; the message names file, line and remedy.
+    """
+    root = load_yaml(path)
+    if (found := root.mapping().get("schema")) is not None and found.integer(1) > SCHEMA:
+        raise found.error(f"is {found.integer()}, newer than the {SCHEMA} read here", "upgrade this package")
+    top = root.fields(("schema", "device", "entries"))
+    if top["device"].text() != path.parent.name:
+        raise top["device"].error(f"is {top['device'].text()}, in the folder {path.parent.name}", "move the file")
+    entries: dict[ProblemKey, Entry] = {}
+    for item in top["entries"].items():
+        entry = _entry(item)
+        if entry.key.op != path.stem:
+            raise item.error(f"measures {entry.key.op} in {path.name}", f"move it to {entry.key.op}.yaml")
+        if entry.key in entries:
+            raise item.error("has the key of an earlier entry", "keep the one that was measured last")
+        entries[entry.key] = entry
+    return entries
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+def _entry(item: Field) -> Entry:
+    found = item.fields(_names(Entry))
+    return Entry(
+        key=_key(found["key"]),
+        config=_config(found["config"]),
+        resources=Resources(**{name: f.integer() for name, f in found["resources"].fields(_names(Resources)).items()}),
+        time_us=_times(found["time_us"]),
+        check=Check(**{name: f.number() for name, f in found["check"].fields(_names(Check)).items()}),
+        provenance=_provenance(found["provenance"]),
+    )
+
+
+def _key(item: Field) -> ProblemKey:
+    found = item.fields(_names(ProblemKey))
+    key = ProblemKey(
+        op=found["op"].word(OPS),
+        dtype=found["dtype"].word(tuple(DTYPE_BYTES)),
+        head_dim=found["head_dim"].integer(8),
+        branches=tuple(_pair(pair) for pair in found["branches"].items()),
+        queries=found["queries"].word(QUERIES),
+        order=found["order"].word(ORDERS),
+        causal=found["causal"].truth(),
+        flags=tuple(flag.word(FLAGS) for flag in found["flags"].items()),
+        grid=found["grid"].integer(1),
+    )
+    if not key.branches:
+        raise found["branches"].error("is empty", "name at least one [rows, stride] pair")
+    if list(key.flags) != sorted(set(key.flags)):
+        raise found["flags"].error("must be sorted, each flag once", "no lookup finds the entry otherwise")
+    if key.grid & (key.grid - 1) or key.grid > GRID_CAP:
+        raise found["grid"].error(
+            f"must be a power of two up to {GRID_CAP}, got {key.grid}", "no lookup finds it otherwise"
+        )
+    return key
+
+
+def _pair(item: Field) -> tuple[int, int]:
+    values = [value.integer(1) for value in item.items()]
+    if len(values) != 2:
+        raise item.error(f"must be a [rows, stride] pair, got {len(values)} values", "write two integers")
+    rows, stride = values
+    if rows != round_rows(rows):
+        raise item.error(f"has {rows} rows; keys hold {round_rows(rows)}", "no lookup finds the entry otherwise")
+    return rows, stride
+
+
+def _config(item: Field) -> LaunchConfig:
+    optional = {"maxnreg", "loads"}
+    found = item.fields(
+        tuple(name for name in _names(LaunchConfig) if name not in optional), tuple(sorted(optional, reverse=True))
+    )
+    values = {name: f.text() if name == "loads" else f.integer(1) for name, f in found.items()}
+    try:
+        return LaunchConfig(**values)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise item.error(f"cannot be launched: {error}", "tune the entry again, or remove it") from error
+
+
+def _times(item: Field) -> Times:
+    found = item.fields(_names(Times))
+    times = Times(
+        *(found[name].number() for name in ("median", "low", "high")),
+        *(found[name].optional(Field.number) for name in ("default", "second")),
+    )
+    if not 0 < times.low <= times.median <= times.high:
+        raise item.error("must hold 0 < low <= median <= high", "measure again")
+    return times
+
+
+def _provenance(item: Field) -> Provenance:
+    found = item.fields(_names(Provenance))
+    kernel, triton, torch, driver, date = (found[name].text(quoted=True) for name in _names(Provenance)[:-1])
+    return Provenance(kernel, triton, torch, driver, date, found["candidates"].integer(1))
+
+
+# ---- Looking up ------------------------------------------------------------------------------------------------------
+
+
+def status(entry: Entry, arch: str, toolchain: Toolchain, kernels: Mapping[str, tuple[str, ...]]) -> str:
+    """How far an entry can be trusted today; computed, never stored.
+
+    - "invalid": its result was wrong, or it takes more shared memory than its architecture has. Never used.
+    - "kernel-stale": no committed kernel has the text that was measured. A search may start from it; a lookup falls
+      back to it when there is nothing better.
+    - "toolchain-stale": measured with another Triton. Used, and said.
+    - "fresh": none of these.
+    """
+    too_big = entry.resources.shared_bytes > device.SHARED_BYTES.get(arch, entry.resources.shared_bytes)
+    if too_big or entry.check.error > entry.check.tolerance:
+        return INVALID
+    if entry.provenance.kernel not in kernels:
+        return KERNEL_STALE
+    if toolchain.triton is not None and entry.provenance.triton != toolchain.triton:
+        return TOOLCHAIN_STALE
+    return FRESH
+
+
+def distance(a: ProblemKey, b: ProblemKey) -> float | None:
+    """How far apart two problems are in log space, or None where they differ in kind.
+
+    Mean over branches of |Δlog2 rows| + ½·|Δlog2 stride|, plus ¼·|Δlog2 grid|. Kind is everything else.
+    """
+    kinds = [(k.op, k.dtype, k.head_dim, k.queries, k.order, k.causal, k.flags, len(k.branches)) for k in (a, b)]
+    if kinds[0] != kinds[1]:
+        return None
+    pairs = [
+        abs(math.log2(rows_a / rows_b)) + abs(math.log2(stride_a / stride_b)) / 2
+        for (rows_a, stride_a), (rows_b, stride_b) in zip(a.branches, b.branches, strict=True)
+    ]
+    # Rounded, so that one octave up and one octave down are a tie and not a matter of the last bit.
+    return round(sum(pairs) / len(pairs) + abs(math.log2(a.grid / b.grid)) / 4, 9)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One question to the database. Each rung answers with its hits, best first.
+
+    Attributes:
+        key: The problem asked about.
+        device: The device that will run it.
+        toolchain: What will compile it.
+        committed: The database in git.
+        overlay: The user's own, which goes before it.
+    """
+
+    key: ProblemKey
+    device: Device
+    toolchain: Toolchain
+    committed: Database
+    overlay: Database | None = None
+
+    def in_overlay(self) -> list[Hit]:
+        """The user's entry for this key and device."""
+        return [hit for source, hit in self._same_key([self.device.name]) if source is self.overlay]
+
+    def exact(self) -> list[Hit]:
+        """The committed entry for this key and device."""
+        return [hit for source, hit in self._same_key([self.device.name]) if source is self.committed]
+
+    def same_silicon(self) -> list[Hit]:
+        """Entries for this key on other devices of the chip."""
+        return [hit for _, hit in self._same_key(self._kin())]
+
+    def nearest(self) -> list[Hit]:
+        """Entries for keys within `NEAREST` on this device and others of its chip."""
+        return self._near([self.device.name, *self._kin()], exact=False)
+
+    def other_device(self) -> list[Hit]:
+        """Entries for this key or one within `NEAREST` on devices of the architecture with another chip."""
+        return self._near([n for n in self._devices() if n != self.device.name and n not in self._kin()], exact=True)
+
+    def stale(self) -> list[Hit]:
+        """What the rungs above found, but measured on a kernel text that is no more."""
+        rungs = (self.in_overlay, self.exact, self.same_silicon, self.nearest, self.other_device)
+        return [hit for rung in rungs for hit in rung() if hit.status == KERNEL_STALE]
+
+    def _sources(self) -> list[Database]:
+        return [self.committed] if self.overlay is None else [self.overlay, self.committed]
+
+    def _devices(self) -> list[str]:
+        return sorted({name for source in self._sources() for name in source.devices(self.device.arch)})
+
+    def _kin(self) -> list[str]:
+        known = device.known()
+        return [
+            name
+            for name in self._devices()
+            if name != self.device.name and name in known and known[name].silicon == self.device.silicon
+        ]
+
+    def _same_key(self, names: Iterable[str]) -> Iterator[tuple[Database, Hit]]:
+        for name in names:
+            for source in self._sources():
+                entry = source.entries(self.device.arch, name, self.key.op).get(self.key)
+                if entry is not None:
+                    yield source, self._hit(source, entry, name, 0.0)
+
+    def _near(self, names: list[str], *, exact: bool) -> list[Hit]:
+        """Hits by distance; ties go to the smaller problem, then in the order of `names`, then to the overlay."""
+        ranked: list[tuple[tuple[float, ProblemKey, int], Hit]] = []
+        for place, name in enumerate(names):
+            for source in self._sources():
+                for key, entry in source.entries(self.device.arch, name, self.key.op).items():
+                    away = distance(self.key, key)
+                    if away is not None and (away > 0 or exact) and away <= NEAREST:
+                        ranked.append(((away, key, place), self._hit(source, entry, name, away)))
+        return [hit for _, hit in sorted(ranked, key=lambda pair: pair[0])]
+
+    def _hit(self, source: Database, entry: Entry, name: str, away: float) -> Hit:
+        state = status(entry, self.device.arch, self.toolchain, source.kernels)
+        return Hit(entry, name, away, state, source.kernels.get(entry.provenance.kernel, ()))
+
+
+# ---- Saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(measured_on: Device, entries: Iterable[Entry], root: Path | None = None) -> list[Path]:
+    """Folds measurements into a database. Writers that come at once wait for each other and lose nothing.
+
+    Args:
+        measured_on: The device they were taken on.
+        entries: Winners; of two with one key the later counts.
+        root: The database's folder, made where absent; None is the committed one.
+
+    Returns:
+        The files whose content changed, sorted.
+
+    Raises:
+        DatabaseError: A file that would be changed breaks the schema.
+    """
+    from filelock import FileLock
+
+    root = _layout.tune_db_dir() if root is None else root
+    root.mkdir(parents=True, exist_ok=True)
+    by_op: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_op.setdefault(entry.key.op, []).append(entry)
+    written = []
+    # One lock for the folder: the time to rewrite a file is nothing against the time to measure an entry.
+    with FileLock(root / ".lock"):
+        for op, found in sorted(by_op.items()):
+            path = root / measured_on.arch / measured_on.name / f"{op}.yaml"
+            merged = dict(read(path)) if path.exists() else {}
+            for entry in found:
+                merged[entry.key] = fold(merged.get(entry.key), entry)
+            text = dump(measured_on.name, merged.values())
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                _write(path, text)
+                written.append(path)
+    load.cache_clear()
+    return written
+
+
+def fold(old: Entry | None, new: Entry) -> Entry:
+    """The entry to keep: the old one where config, kernel and Triton are the same and the time moved by at most 5 %."""
+    if old is None:
+        return new
+    same = (old.config, old.provenance.kernel, old.provenance.triton) == (
+        new.config,
+        new.provenance.kernel,
+        new.provenance.triton,
+    )
+    moved = abs(new.time_us.median - old.time_us.median) / old.time_us.median
+    return old if same and moved <= FOLD else new
+
+
+def dump(name: str, entries: Iterable[Entry]) -> str:
+    """The text of one file: entries sorted by key, one block each, numbers in fixed precision."""
+    blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:\n"]
+    for entry in sorted(entries, key=lambda entry: entry.key):
+        times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
+        check = {k: f"{v:.2e}" for k, v in asdict(entry.check).items()}
+        versions = {k: json.dumps(v) if isinstance(v, str) else v for k, v in asdict(entry.provenance).items()}
+        blocks.append(
+            f"- key: {_flow(asdict(entry.key))}\n"
+            f"  config: {_flow(entry.config.to_dict())}\n"
+            f"  resources: {_flow(asdict(entry.resources))}\n"
+            f"  time_us: {_flow(times)}\n"
+            f"  check: {_flow(check)}\n"
+            f"  provenance: {_flow(versions)}\n"
+        )
+    return "".join(blocks)
+
+
+def _flow(value: object) -> str:
+    """A value in YAML's flow style. Strings are written as they are: the caller quotes what needs it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a reader, or a writer killed half-way, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    with half.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    half.replace(path)
