@@ -1,0 +1,85 @@
+"""Launch configurations for what nobody has measured, and what they take of a GPU's shared memory.
+
+The tables say how large a tile each family of GPUs carries; a problem then only shrinks it. They are starting points
+that run everywhere, not winners: a measured entry always goes before them.
+"""
+
+from __future__ import annotations
+
+from .config import DTYPE_BYTES, LaunchConfig, next_power_of_two
+
+FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, num_warps=4, num_stages=1))
+"""The last resort, larger first: slow, and small enough for every GPU we know."""
+
+# (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes of a padded row of one operand.
+# 128 bytes: bf16 with D <= 64. 256: D <= 128. 512: D <= 256. Wider rows are float32 alone, see _FLOAT32.
+_Sizes = tuple[tuple[int, int, int, int], ...]
+_TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
+    "large": {  # 160 KiB of shared memory and more: sm_80, sm_90, sm_100, gfx950
+        "fwd": {128: ((128, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((128, 32, 8, 2), (64, 32, 4, 2))},
+        "dkdv": {128: ((64, 128, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
+        "dq": {128: ((128, 64, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
+    },
+    "small": {  # 64 to 99 KiB: sm_75, sm_86, sm_89, sm_120, gfx90a, gfx942
+        "fwd": {128: ((128, 64, 4, 2),), 256: ((64, 64, 4, 2), (64, 32, 4, 2)), 512: ((64, 32, 4, 1), (32, 32, 4, 1))},
+        "dkdv": {128: ((64, 64, 4, 2),), 256: ((32, 64, 4, 2), (32, 32, 4, 1)), 512: ((16, 32, 4, 1),)},
+        "dq": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2), (32, 32, 4, 1)), 512: ((32, 16, 4, 1),)},
+    },
+}
+# float32 products run without tensor cores unless tf32 is on, and its accumulators fill the registers sooner.
+_FLOAT32: dict[int, _Sizes] = {
+    64: ((64, 32, 4, 2),),
+    128: ((64, 32, 4, 2),),
+    256: ((32, 32, 4, 2), (32, 32, 4, 1)),
+    512: ((32, 32, 4, 1), (16, 16, 4, 1)),
+    1024: ((16, 16, 4, 1),),
+}
+_LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "gfx950")
+
+
+def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
+    """Untuned configurations, best first; the caller takes the first that fits its device.
+
+    Args:
+        op: "fwd", "dkdv" or "dq".
+        head_dim: D.
+        dtype: "bf16", "fp16" or "fp32".
+        queries: Query rows of a whole segment.
+        keys: Key rows of a whole segment.
+        arch: What Triton compiles for; one that is not in the tables gets the small tiles.
+    """
+    row_bytes = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
+    if dtype == "fp32":
+        sizes = _FLOAT32[row_bytes]
+    else:
+        sizes = _TABLES["large" if arch in _LARGE else "small"][op][max(row_bytes, 128)]
+    configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
+    return list(dict.fromkeys(configs))
+
+
+def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig) -> int:
+    """An upper estimate of the shared memory that a block takes, in bytes.
+
+    Tiles that stay for the whole loop are counted once and tiles that the loop loads once a stage, two operands each;
+    without pipelining (one stage) they pass through one after the other. The backward hands P or dS from one product
+    to the next through shared memory.
+    """
+    row = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
+    stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
+    held = stay if op == "fwd" else 2 * stay
+    passing = 2 * config.num_stages * loop if config.num_stages > 1 else loop
+    between = 0 if op == "fwd" else config.block_m * config.block_n * DTYPE_BYTES[dtype]
+    return (held + passing) * row + between
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that a kernel's tiles are wide."""
+    return max(next_power_of_two(head_dim), 16)
+
+
+def _shrunk(config: LaunchConfig, queries: int, keys: int, width: int) -> LaunchConfig:
+    """No tile larger than its segment, and no more warps than the tile has work for."""
+    block_m = min(config.block_m, max(next_power_of_two(queries), 16))
+    block_n = min(config.block_n, max(next_power_of_two(keys), 16))
+    warps = min(config.num_warps, max(block_m * max(block_n, width) // 1024, 1))
+    return LaunchConfig(block_m, block_n, num_warps=warps, num_stages=config.num_stages)
