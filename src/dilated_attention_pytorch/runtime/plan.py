@@ -1,0 +1,365 @@
+"""From a problem and a device to a list of launches: pure, memoised, and with the reasons on record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from .. import database, generated, heuristics
+from ..config import OPS, LaunchConfig, Problem, ProblemKey
+from ..database import INVALID, KERNEL_STALE, Database, Hit, Lookup
+from ..device import INTERPRETER, Device, Toolchain
+from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
+from ..variant import Variant
+from .options import DEFAULTS, Options
+from .refusals import refusals
+from .variants import acting_order, query_rows, variant_for
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One launch.
+
+    Attributes:
+        op: "fwd", "dkdv" or "dq".
+        branch: Index into the problem's branches.
+        variant: The text that runs.
+        config: Its launch configuration.
+        rung: The rung of the ladder that gave the configuration.
+        why: The evidence for it.
+        passed: (rung, sentence) of every offer that was passed over, in the order of the ladder.
+    """
+
+    op: str
+    branch: int
+    variant: Variant
+    config: LaunchConfig
+    rung: str
+    why: str
+    passed: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """The launches of one branch.
+
+    Attributes:
+        branch: Index into the problem's branches.
+        segment: w as it acts: min(w, N) steps.
+        dilation: r.
+        order: The token order as it acts: "none" where the problem's changes nothing in this branch.
+        fwd, dkdv, dq: The three launches.
+    """
+
+    branch: int
+    segment: int
+    dilation: int
+    order: str
+    fwd: Choice
+    dkdv: Choice
+    dq: Choice
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do.
+
+    Attributes:
+        problem: The call.
+        device: The GPU, `INTERPRETER`, or None for a CPU.
+        backend: "triton", "torch" or "reference".
+        branches: In launch order: the first launch writes every row, zeros where its branch keeps no step, and later
+            ones merge into that. Empty for the other backends.
+        refusals: (backend or rung, sentence) of everything that was passed over as a whole.
+        rung: The lowest rung of the ladder that any launch came from; the backend's name for the other backends.
+    """
+
+    problem: Problem
+    device: Device | None
+    backend: str
+    branches: tuple[BranchPlan, ...]
+    refusals: tuple[tuple[str, str], ...]
+    rung: str
+
+    def explain(self, *, backward: bool = True) -> str:
+        """The whole story: backend, text, configuration, rung and evidence of each launch, and why nothing else.
+
+        Args:
+            backward: Tell of the gradients' launches too.
+        """
+        from .story import tell
+
+        return tell(self, backward=backward)
+
+
+def plan(
+    problem: Problem,
+    device: Device | None,
+    backend: str | None = None,
+    options: Options = DEFAULTS,
+    *,
+    backward: bool = True,
+    toolchain: Toolchain | None = None,
+    committed: Database | None = None,
+    texts: frozenset[str] | None = None,
+) -> Plan:
+    """The plan of a call: the same for the same arguments, on every rank.
+
+    Args:
+        problem: The call without its tensors.
+        device: What it runs on; None is a CPU.
+        backend: One of `BACKENDS`, or None to choose.
+        options: As in `options(...)`.
+        backward: Gradients will be asked for: the options hold for their kernels too.
+        toolchain: What compiles the kernels; None asks this process.
+        committed: The tuning database; None is the one in git.
+        texts: Names of the generated modules; None asks the folder.
+
+    Raises:
+        UnsupportedError: `backend` is "triton" and refuses; the message has every reason.
+        ConfigError: `options.config` does not fit the device.
+        DatabaseMiss: `options.on_miss` is "error", and a launch was never measured for this problem.
+        DatabaseError: A file of the tuning database is broken.
+        ArgumentError: `backend` is none.
+    """
+    if backend not in (*BACKENDS, None):
+        raise ArgumentError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    return _plan(
+        problem,
+        device,
+        backend,
+        options,
+        backward,
+        Toolchain.current() if toolchain is None else toolchain,
+        database.load() if committed is None else committed,
+        _rendered() if texts is None else texts,
+    )
+
+
+@lru_cache
+def _rendered() -> frozenset[str]:
+    return generated.names()
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    problem: Problem,
+    device: Device | None,
+    backend: str | None,
+    options: Options,
+    backward: bool,
+    toolchain: Toolchain,
+    committed: Database,
+    texts: frozenset[str],
+) -> Plan:
+    if backend in ("torch", "reference"):
+        return Plan(problem, device, backend, branches=(), refusals=(), rung=backend)
+    if device is None and toolchain.interpret:
+        device = INTERPRETER
+    reasons = refusals(problem, device, toolchain)
+    if not reasons and device is not None:
+        overlay = None if options.database is None else database.load(options.database)
+        try:
+            branches = tuple(
+                _branch(_Question(problem, branch, device, options, backward, toolchain, committed, overlay, texts))
+                for branch in _launch_order(problem)
+            )
+        except _NothingFits as error:
+            reasons = (str(error),)
+        else:
+            rung = max((choice.rung for b in branches for choice in (b.fwd, b.dkdv, b.dq)), key=list(LADDER).index)
+            return Plan(problem, device, "triton", branches, refusals=(), rung=rung)
+    if backend == "triton":
+        raise UnsupportedError("the triton backend refuses: " + "; ".join(reasons))
+    return Plan(problem, device, "torch", (), tuple(("triton", reason) for reason in reasons), rung="torch")
+
+
+def _launch_order(problem: Problem) -> list[int]:
+    """Branches by dilation: the first launch covers most steps, so the fewest rows are written as mere zeros."""
+    return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
+
+
+# ---- The ladder ------------------------------------------------------------------------------------------------------
+
+
+class _NothingFits(Exception):
+    """No rung has a launch that this device can make."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the rungs are asked: `_plan`'s arguments, for one branch."""
+
+    problem: Problem
+    branch: int
+    device: Device
+    options: Options
+    backward: bool
+    toolchain: Toolchain
+    committed: Database
+    overlay: Database | None
+    texts: frozenset[str]
+
+    def lookup(self, op: str) -> Lookup:
+        """This question, put to the database."""
+        key = ProblemKey.of(self.problem, op, self.branch)
+        # Measured is what runs: a branch whose order changes nothing runs the unordered text.
+        key = replace(key, order=acting_order(self.problem, self.branch))
+        return Lookup(key, self.device, self.toolchain, self.committed, self.overlay)
+
+
+class _Offer(NamedTuple):
+    """A configuration that a rung puts forward; `unfit` says why it cannot be launched here."""
+
+    config: LaunchConfig
+    why: str
+    unfit: str | None
+
+
+def _explicit(question: _Question, op: str) -> list[_Offer]:
+    config = dict(question.options.config).get(op)
+    if config is None:
+        return []
+    offer = _estimated(question, op, config, "options(config=...)")
+    if offer.unfit and (op == "fwd" or question.backward):
+        raise ConfigError(f"options(config=...) for {op}: {offer.unfit}; choose smaller blocks or fewer stages")
+    return [offer]
+
+
+def _overlay(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).in_overlay())
+
+
+def _exact(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).exact())
+
+
+def _same_silicon(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).same_silicon())
+
+
+def _nearest(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).nearest())
+
+
+def _other_device(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).other_device())
+
+
+def _stale(question: _Question, op: str) -> list[_Offer]:
+    return _measured(question, op, question.lookup(op).stale(), stale=True)
+
+
+def _heuristic(question: _Question, op: str) -> list[_Offer]:
+    problem, branch, arch = question.problem, question.branch, question.device.arch
+    rows = query_rows(problem, branch), problem.rows(branch)
+    configs = heuristics.default(op, problem.head_dim, problem.dtype, *rows, arch)
+    return [_estimated(question, op, config, f"untuned default for {arch}") for config in configs]
+
+
+def _floor(question: _Question, op: str) -> list[_Offer]:
+    return [_estimated(question, op, config, "the smallest tiles") for config in heuristics.FLOOR]
+
+
+LADDER: dict[str, tuple[Callable[[_Question, str], list[_Offer]], str]] = {
+    "config": (_explicit, "options(config=...) names none for this kernel"),
+    "overlay": (_overlay, "options(database=...) has no entry for this problem on this device"),
+    "exact": (_exact, "tune_db has no entry for this problem on this device"),
+    "silicon": (_same_silicon, "no entry for this problem on another device with this chip"),
+    "nearest": (_nearest, f"no entry within distance {database.NEAREST:g} on this chip"),
+    "arch": (_other_device, f"no entry within distance {database.NEAREST:g} on another device of this architecture"),
+    "stale": (_stale, "no entry of an older kernel text"),
+    "heuristic": (_heuristic, "no untuned default"),
+    "floor": (_floor, "no floor"),
+}
+"""The ladder, best rung first, with what is said where a rung has no offer.
+
+1. config: what `options(config=...)` says.
+2. overlay: an entry for this very problem and device in the user's own database.
+3. exact: the same in the committed one.
+4. silicon: an entry for this problem on another device with the same chip.
+5. nearest: an entry for a problem close by, on this device or its chip.
+6. arch: an entry for this problem or one close by, on another device of the architecture.
+7. stale: what 2 to 6 have, measured on a kernel text that has changed since.
+8. heuristic: the untuned default.
+9. floor: the smallest tiles.
+10. torch: no launch of ours at all; the torch backend (see `_plan`).
+
+Every rung must fit this device. The first offer that does is taken, and the choice carries its rung.
+"""
+
+MEASURED = ("config", "overlay", "exact", "silicon")
+"""Rungs that `on_miss="error"` accepts: somebody chose or measured this very problem."""
+
+
+def _branch(question: _Question) -> BranchPlan:
+    problem, branch = question.problem, question.branch
+    fwd, dkdv, dq = (_climb(question, op) for op in OPS)
+    dilation = problem.branches[branch][1]
+    return BranchPlan(branch, problem.segment(branch), dilation, acting_order(problem, branch), fwd, dkdv, dq)
+
+
+def _climb(question: _Question, op: str) -> Choice:
+    """Down the ladder to the first offer that fits."""
+    passed: list[tuple[str, str]] = []
+    for rung, (offers, silence) in LADDER.items():
+        found = offers(question, op)
+        if not found:
+            passed.append((rung, silence))
+        for config, why, unfit in found:
+            variant = variant_for(question.problem, question.branch, op, config, question.texts)
+            if variant is None:
+                raise _NothingFits("generated/ has no general text for this order; `python -m codegen` writes it")
+            if unfit is None:
+                _refuse_miss(question, op, rung)
+                return Choice(op, question.branch, variant, config, rung, why, tuple(passed))
+            passed.append((rung, unfit))
+    raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
+
+
+def _refuse_miss(question: _Question, op: str, rung: str) -> None:
+    if question.options.on_miss == "error" and rung not in MEASURED and (op == "fwd" or question.backward):
+        raise DatabaseMiss(
+            f'on_miss="error": {question.device.name} has no measurement for {question.lookup(op).key}; tune it, '
+            f'or allow what rung {rung!r} has with options(on_miss="fallback")'
+        )
+
+
+def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> _Offer:
+    """An offer that nobody has compiled: it fits by the estimate."""
+    need = heuristics.shared_bytes(op, question.problem.head_dim, question.problem.dtype, config)
+    return _Offer(config, why, _too_big(question.device, config, need))
+
+
+def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
+    """Offers of entries: they fit by what their kernel took, which had this head_dim, dtype and op."""
+    return [_Offer(hit.entry.config, _evidence(hit), _unfit(question.device, hit, stale)) for hit in hits]
+
+
+def _unfit(device: Device, hit: Hit, stale: bool) -> str | None:
+    named = f"{hit.entry.config.name} on {hit.device}"
+    if hit.status == INVALID:
+        return f"{named} is invalid: it was wrong, or is too large for its own device"
+    if hit.status == KERNEL_STALE and not stale:
+        return f"{named} was measured on a kernel text that has changed since"
+    return _too_big(device, hit.entry.config, hit.entry.resources.shared_bytes)
+
+
+def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:
+    if need <= device.shared_bytes:
+        return None
+    return f"{config.name} needs {need:,} bytes of shared memory a block; {device.name} has {device.shared_bytes:,}"
+
+
+def _evidence(hit: Hit) -> str:
+    key, times, source = hit.entry.key, hit.entry.time_us, hit.entry.provenance
+    default = "" if times.default is None else f", untuned {times.default:g}"
+    problem = f" for [rows, stride] {list(map(list, key.branches))}, grid {key.grid}, at distance {hit.distance:.2f}"
+    return (
+        f"{times.median:g} us ({times.low:g} to {times.high:g}{default}) on {hit.device}"
+        f"{problem if hit.distance else ''}, Triton {source.triton}, {source.date}, {hit.status}"
+    )

@@ -1,0 +1,48 @@
+"""Why the Triton kernels do not take a problem, in sentences. A reason that is lifted is one line less here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..config import Problem
+from ..device import INTERPRETER, Device, Toolchain
+
+
+def refusals(problem: Problem, device: Device | None, toolchain: Toolchain) -> tuple[str, ...]:
+    """Every reason why the Triton backend refuses a problem; empty where it takes it.
+
+    Args:
+        problem: The call.
+        device: The GPU, `INTERPRETER`, or None for a CPU.
+        toolchain: What would compile the kernels.
+    """
+    return (*_of_machine(device, toolchain), *_of_problem(problem, device))
+
+
+def _of_machine(device: Device | None, toolchain: Toolchain) -> Iterator[str]:
+    if toolchain.triton is None:
+        yield "triton is not installed: pip install triton"
+    if device is None:
+        yield "the tensors are on a CPU: move them to a GPU, or set TRITON_INTERPRET=1 to debug"
+    elif device != INTERPRETER and not _compiles_for(device.arch):
+        yield f"{device.name} is {device.arch}; kernels need sm_75 (Turing) or later, or gfx90a, gfx94x, gfx95x (CDNA)"
+
+
+def _of_problem(problem: Problem, device: Device | None) -> Iterator[str]:
+    if problem.dtype == "fp64":
+        yield "float64 runs on the torch backend; kernels take bf16, fp16 and fp32"
+    if problem.dtype == "bf16" and device is not None and device.arch == "sm_75":
+        yield f"{device.name} (sm_75) has no bfloat16: use float16"
+    if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
+        yield f"head_dim must be a multiple of 8 from 8 to 256, got {problem.head_dim}: pad q, k and v with zeros"
+    if problem.dropout:
+        yield "dropout has no kernel yet"
+    if problem.mix_grad == "detached":
+        yield 'mix_grad="detached" has no kernel yet'
+
+
+def _compiles_for(arch: str) -> bool:
+    if version := re.fullmatch(r"sm_(\d+)", arch):
+        return int(version[1]) >= 75
+    return re.fullmatch(r"gfx(90a|94\d|95\d)", arch) is not None

@@ -1,0 +1,106 @@
+"""Which rendered text runs a branch: the most special one whose promises this problem and these tiles keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..config import LaunchConfig, Problem
+from ..variant import Variant
+
+
+def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, texts: frozenset[str]) -> Variant | None:
+    """The most special of the rendered variants that computes this branch with these tiles.
+
+    A text for the segment length and dilation rate goes before one for a single segment of any length, and that before
+    the general one; among the texts of a pattern, the fewer loops and tail masks the better.
+
+    Args:
+        problem: The call.
+        branch: Index into its branches.
+        op: "fwd", "dkdv" or "dq".
+        config: The tiles.
+        texts: Names of the modules that there are.
+
+    Returns:
+        None if not even the general text is there.
+    """
+    order = acting_order(problem, branch)
+    one_tile = _one_tile(problem, branch, op, config)
+    for segment, dilation in _patterns(problem, branch):
+        for one, even in ((True, True), (True, False), (False, True), (False, False)):
+            if one and not (one_tile and isinstance(segment, int)):
+                continue
+            if even and not _even(problem, branch, op, config, one):
+                continue
+            variant = Variant(segment, dilation, order, problem.queries, one, even)
+            if variant.name in texts:
+                return variant
+    return None
+
+
+def acting_order(problem: Problem, branch: int) -> str:
+    """The order of a branch, "none" where it changes nothing.
+
+    A branch that keeps every step is a function of the sets of tokens in its segments. An order that leaves these sets
+    as they are is left out: any order where one segment holds everything, a snake whose rows are not cut by a segment's
+    end while they run backwards. Causality goes by token and does not mind.
+    """
+    if problem.order == "none" or problem.branches[branch][1] > 1 or not _asks_whole_segments(problem, branch):
+        return problem.order
+    if problem.is_full(branch) or (problem.order == "snake" and _rows_stay_in_segments(problem, branch)):
+        return "none"
+    return problem.order
+
+
+def query_rows(problem: Problem, branch: int) -> int:
+    """Rows of queries of a whole segment: the kept steps, or all of them."""
+    return problem.rows(branch) if problem.queries == "dilated" else problem.segment(branch)
+
+
+def _patterns(problem: Problem, branch: int) -> Iterator[tuple[int | str | None, int | None]]:
+    """(segment, dilation) of the texts that may run a branch, most special first."""
+    dilation = problem.branches[branch][1]
+    # Offsets from a table may keep a head out of the branch, which texts of dilation 1 have no code for.
+    fixed = problem.head_offset != "table" or dilation > 1
+    if fixed:
+        yield problem.segment(branch), dilation
+    if problem.is_full(branch):
+        if fixed:
+            yield "full", dilation
+        yield "full", None
+    yield None, None
+
+
+def _one_tile(problem: Problem, branch: int, op: str, config: LaunchConfig) -> bool:
+    """One tile holds the keys of a segment and, where the kernel walks over queries, these too."""
+    queries_held = op != "dkdv" or config.block_m >= query_rows(problem, branch)
+    return config.block_n >= problem.rows(branch) and queries_held
+
+
+def _even(problem: Problem, branch: int, op: str, config: LaunchConfig, one_tile: bool) -> bool:
+    """Segments fill the sequence, kept rows fill the segments, tiles fill the rows; no segment is asked in part."""
+    segment, dilation = problem.segment(branch), problem.branches[branch][1]
+    keys, queries = problem.rows(branch), query_rows(problem, branch)
+    if problem.length % segment or segment % dilation or not _asks_whole_segments(problem, branch):
+        return False
+    if one_tile and (keys != config.block_n or (op == "dkdv" and queries != config.block_m)):
+        return False
+    return keys % config.block_n == 0 and queries % config.block_m == 0
+
+
+def _asks_whole_segments(problem: Problem, branch: int) -> bool:
+    if problem.query_range is None:
+        return True
+    first, stop = problem.query_range
+    segment = problem.segment(branch)
+    return first % segment == 0 and (stop % segment == 0 or stop == problem.length)
+
+
+def _rows_stay_in_segments(problem: Problem, branch: int) -> bool:
+    """No end of a segment cuts a grid row that runs backwards. Such ends recur after two rows' worth of segments."""
+    segment, width = problem.segment(branch), problem.row_width
+    first = segment * (problem.prefix // segment + 1)
+    period = segment * (2 * width // math.gcd(segment, 2 * width))
+    ends = range(first, min(problem.length, first + period), segment)
+    return all((end - problem.prefix) % width == 0 or (end - problem.prefix) // width % 2 == 0 for end in ends)
