@@ -6,7 +6,7 @@ kept, and later branches merge into what they find.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,11 +51,11 @@ def forward(
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    shared = _shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v)
+    shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v)
     shared.update(p_out=out, p_lse=lse)
     with _on(q):
         for place, branch in enumerate(plan.branches):
-            _launch(branch.fwd, _branch_values(plan.problem, branch, place, offsets, shared))
+            _launch(branch.fwd, branch_values(plan.problem, branch, place, offsets, shared))
     return out, lse
 
 
@@ -94,13 +94,13 @@ def backward(
     dv = allocate(v.shape, dtype=v.dtype, device=v.device)
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    shared = _shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
+    shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
     delta = torch.empty_like(lse)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
     with _on(q):
         _launch_delta(shared, dlse)
         for place, branch in enumerate(plan.branches):
-            values = _branch_values(plan.problem, branch, place, offsets, shared)
+            values = branch_values(plan.problem, branch, place, offsets, shared)
             _launch(branch.dkdv, values)
             _launch(branch.dq, values)
     return dq, dk, dv
@@ -111,7 +111,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _shared_values(
+def shared_values(
     problem: Problem, scale: float, index: Tensor | None, mask: Tensor | None, **strided: Tensor
 ) -> dict[str, Any]:
     """What all branches of a call pass, by the names of the kernels' glossary."""
@@ -150,7 +150,7 @@ def _shared_values(
     }
 
 
-def _branch_values(
+def branch_values(
     problem: Problem, branch: BranchPlan, place: int, offsets: Tensor | None, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What one branch adds; `place` is its turn among the launches."""
@@ -176,8 +176,8 @@ def _query_rows(problem: Problem, branch: BranchPlan, steps: int) -> int:
     return min(cdiv(branch.segment, branch.dilation), cdiv(steps, branch.dilation) + 1)
 
 
-def _launch(choice: Choice, values: Mapping[str, Any]) -> None:
-    """One launch of a generated kernel."""
+def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
+    """The kernel of a choice, its arguments by name in order, and the number of programs."""
     config = choice.config
     kernel = getattr(generated.load(choice.variant.name), choice.op)
     heads, rows, tile = values["H"], values["query_rows"], config.block_m
@@ -187,8 +187,13 @@ def _launch(choice: Choice, values: Mapping[str, Any]) -> None:
             heads *= values["DILATION"]
     n_tiles = cdiv(rows, tile)
     given = {**values, "n_tiles": n_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    grid = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
-    kernel[(grid,)](*_in_order(kernel, given), **_options(config))
+    programs = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
+    return kernel, _in_order(kernel, given), programs
+
+
+def _launch(choice: Choice, values: Mapping[str, Any]) -> None:
+    kernel, arguments, programs = prepared(choice, values)
+    kernel[(programs,)](*arguments.values(), **compile_options(choice.config))
 
 
 def _launch_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> None:
@@ -205,16 +210,21 @@ def _launch_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> None:
         "BLOCK_M": DELTA_ROWS,
         "HAS_DLSE": dlse is not None,
     }
-    kernel[(batch * heads * cdiv(rows, DELTA_ROWS),)](*_in_order(kernel, given), num_warps=4)
+    kernel[(batch * heads * cdiv(rows, DELTA_ROWS),)](*_in_order(kernel, given).values(), num_warps=4)
 
 
-def _in_order(kernel: Any, values: Mapping[str, Any]) -> Sequence[Any]:
+def _in_order(kernel: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """A text lists only the arguments it uses."""
-    return [values[name] for name in kernel.arg_names]
+    return {name: values[name] for name in kernel.arg_names}
 
 
-def _options(config: LaunchConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def compile_options(config: LaunchConfig) -> dict[str, Any]:
+    """What Triton is told about a kernel besides its arguments. Fusing a·b+c is its default until 3.9 alone."""
+    options: dict[str, Any] = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
     if config.maxnreg is not None:
         options["maxnreg"] = config.maxnreg
     return options

@@ -1,0 +1,1 @@
+"""From problems to measurements: what compiles, what is right, what is fast."""

@@ -1,0 +1,163 @@
+"""Compiling a launch for a GPU that is not here: what it takes of shared memory and registers, and what it spills.
+
+Triton needs no driver to compile. The arguments are those of a real launch, with tensors that have no memory, and they
+are specialised as Triton's own launcher does it: equal to 1, divisible by 16, or neither.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Problem
+from ..errors import ConfigError, UnsupportedError
+from ..runtime.launch import branch_values, compile_options, prepared, shared_values
+from ..runtime.plan import BranchPlan, Choice
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        shared_bytes: Shared memory a block.
+        registers: Registers a thread; None where the toolchain does not tell.
+        spills: Bytes a thread keeps in local memory for want of registers; None where the toolchain does not tell.
+    """
+
+    shared_bytes: int
+    registers: int | None
+    spills: int | None
+
+
+def compile_offline(problem: Problem, branch: BranchPlan, op: str, arch: str, *, merge: bool = False) -> Resources:
+    """Compile one launch of a plan for an architecture.
+
+    Args:
+        problem: The call; its tensors are taken as contiguous.
+        branch: The branch whose launch it is.
+        op: "fwd", "dkdv" or "dq".
+        arch: "sm_90", "gfx942", …
+        merge: As a later branch's launch, which merges into what it finds.
+
+    Raises:
+        UnsupportedError: Triton is not installed, or runs as an interpreter in this process.
+        ConfigError: The architecture is not one that Triton knows.
+        Exception: Whatever the compiler raises.
+    """
+    try:
+        import triton
+        from triton.compiler import ASTSource
+    except ModuleNotFoundError as error:
+        raise UnsupportedError("compiling needs triton: pip install triton") from error
+    choice: Choice = getattr(branch, op)
+    kernel, arguments, _ = prepared(choice, _values(problem, branch, place=int(merge)))
+    if not hasattr(kernel, "cache_key"):
+        raise UnsupportedError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled")
+    signature, constants, attributes = _specialised(kernel, arguments)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=_target(arch), options=compile_options(choice.config))
+    registers, spills = _usage(compiled.asm)
+    return Resources(compiled.metadata.shared, registers, spills)
+
+
+def _values(problem: Problem, branch: BranchPlan, place: int) -> dict[str, Any]:
+    """The launch's values by name, with tensors that have no memory."""
+    b, n, h, g, d = problem.batch, problem.length, problem.heads, problem.kv_heads, problem.head_dim
+
+    def meta(*shape: int, dtype: torch.dtype = DTYPES[problem.dtype]) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    first, last = problem.query_range or (0, n)
+    rows = n if problem.order != "none" else last - first
+    q, k, v, dout = meta(b, rows, h, d), meta(b, n, g, d), meta(b, n, g, d), meta(b, rows, h, d)
+    index = meta(n, dtype=torch.int32) if branch.order == "hilbert" else None
+    mask = meta(b, n, dtype=torch.bool) if problem.mask else None
+    offsets = meta(len(problem.branches), h, dtype=torch.int32) if problem.head_offset == "table" else None
+    scale = d**-0.5
+    shared = shared_values(problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
+    row = meta(b, h, rows, dtype=torch.float32)
+    shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
+    return branch_values(problem, branch, place, offsets, shared)
+
+
+def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and known divisibilities, as Triton's launcher finds them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for parameter, (name, value) in zip(kernel.params, arguments.items(), strict=True):
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not free:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+def _target(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if match := re.fullmatch(r"sm_(\d+)", arch):
+        return GPUTarget("cuda", int(match[1]), 32)
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise ConfigError(f"{arch!r} is no architecture; expected e.g. 'sm_90' or 'gfx942'")
+
+
+def _usage(asm: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Registers and spilled bytes a thread, read from the machine code."""
+    if "cubin" in asm:
+        return _cubin_usage(asm["cubin"])
+    text = asm.get("amdgcn", "")
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    return int(registers[1]) if registers else None, 4 * int(spills[1]) if spills else None
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int | None, int | None]:
+    tool = _cuobjdump()
+    if tool is None:
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return (int(usage[1]), int(usage[2])) if usage else (None, None)
+
+
+def _cuobjdump() -> str | None:
+    """NVIDIA's tool, which the triton wheel carries."""
+    import triton
+
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(shipped) if shipped.exists() else shutil.which("cuobjdump")
+
+
