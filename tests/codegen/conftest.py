@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import dilated_attention_pytorch  # noqa: F401  The package itself, before codegen imports parts of it without.
+
 ATTENTION = '''\
 """The module `{{ name }}`."""  # a comment
 
