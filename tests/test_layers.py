@@ -17,7 +17,7 @@ FLOORS = (
     {"order", "_curves", "reference", "database", "heuristics", "generated"},
     {"runtime"},
     {"tuning", "kernels", "modules", "utils", "compat"},
-    {"", "cli"},
+    {"", "cli", "doctor"},
 )
 """Parts of the package from the lowest floor up; a folder stands for all its files, "" for the package's `__init__`."""
 WITHOUT_TORCH = ("errors", "variant", "config", "source_hash", "_layout", "_strict_yaml", "database", "heuristics")
