@@ -1,0 +1,179 @@
+"""Dense attention with its lse, and its backward from a given lse: torch's own kernels, or chunked matrix products.
+
+All tensors are (X, rows, heads, D), X being (batch, segment) pairs; lse is (X, rows, heads). Results are float32, or
+float64 for float64 inputs. The backward takes `out` and `lse` of the whole softmax, of which this attention may be
+one part: P = exp(S - lse) and delta = rowsum(dout · out) are all that it derives from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SCORES = 1 << 22
+"""Scores that the chunked products hold at a time; a single row of queries may hold more."""
+
+FAR = -1e30
+"""Score of a masked key: finite, because torch's kernels multiply it, and below any score that inputs can reach."""
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees.
+
+    Attributes:
+        causal: Key row j ≤ query row i.
+        tokens: Query tokens (X, Lq) and key tokens (X, Lk): key token ≤ query token.
+        keys: (X, Lk) bool, True = may be seen.
+    """
+
+    causal: bool = False
+    tokens: tuple[Tensor, Tensor] | None = None
+    keys: Tensor | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, see: Visibility) -> tuple[Tensor, Tensor]:
+    """out and lse; 0 and -inf for a query that sees no key."""
+    q, k, v = upcast(q), upcast(k), upcast(v)
+    if not has_kernel(q, see):
+        return _chunked(q, k, v, scale, see)
+    if see.keys is None:
+        return _kernel(q, k, v, scale, see.causal)
+    # One more column adds a bias to the scores, which torch's kernels take together with causal in no other way.
+    q, k, v = pad(q * scale, (0, 1), value=1.0), _append(k, _bias(k, see)), pad(v, (0, 1))
+    out, lse = _kernel(q, k, v, 1.0, see.causal)
+    keyless = lse < FAR / 2
+    return out[..., :-1].masked_fill(keyless.unsqueeze(3), 0.0), lse.masked_fill(keyless, -torch.inf)
+
+
+def attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    see: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv; lse = +inf marks a query that sees no key."""
+    q, k, v, out, dout = (upcast(x) for x in (q, k, v, out, dout))
+    if not has_kernel(q, see):
+        return _chunked_backward(q, k, v, out, lse, dout, dlse, scale, see)
+    if see.keys is None and dlse is None:
+        return _kernel_backward(q, k, v, out, lse, dout, scale, see.causal)
+    # The column of `attend`; in v and dout it adds dlse to dout·v, and out's zero keeps it from delta.
+    dout = pad(dout, (0, 1)) if dlse is None else _append(dout, dlse)
+    dq, dk, dv = _kernel_backward(
+        pad(q * scale, (0, 1), value=1.0),
+        _append(k, _bias(k, see)),
+        pad(v, (0, 1), value=1.0),
+        pad(out, (0, 1)),
+        lse,
+        dout,
+        1.0,
+        see.causal,
+    )
+    return dq[..., :-1] * scale, dk[..., :-1], dv[..., :-1]
+
+
+def has_kernel(q: Tensor, see: Visibility) -> bool:
+    """Torch has a kernel that returns lse and whose backward takes it."""
+    return q.device.type == "cpu" and see.tokens is None
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 for 16-bit rows: torch's CPU kernel adds up gradients in the dtype of its inputs, and is slower there."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _bias(k: Tensor, see: Visibility) -> Tensor:
+    """What is added to the scores of each key, (X, Lk, heads)."""
+    if see.keys is None:
+        return torch.zeros_like(k[..., 0])
+    return torch.where(see.keys, 0.0, FAR).to(k.dtype).unsqueeze(2).expand(k.shape[:3])
+
+
+def _append(x: Tensor, column: Tensor) -> Tensor:
+    return torch.cat([x, column.to(x.dtype).unsqueeze(3)], dim=3)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _kernel_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2) for x in (dout, q, k, v, out, lse)), 0.0, causal, scale=scale
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, scale: float, see: Visibility) -> tuple[Tensor, Tensor]:
+    """`attend` in plain matrix products, some rows of queries at a time."""
+    out, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [X, heads, Lk, D]
+    for rows in _chunks(q, k):
+        scores = _scores(q, keys, scale, see, rows)
+        peak = scores.amax(dim=3, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(peak).exp_()
+        total = weights.sum(dim=3, keepdim=True)
+        lse[:, rows] = (peak + total.log()).squeeze(3).transpose(1, 2)
+        out[:, rows] = (weights @ values).div_(total.masked_fill_(total == 0, 1.0)).transpose(1, 2)
+    return out, lse
+
+
+def _chunked_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    see: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` in plain matrix products, some rows of queries at a time."""
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k.transpose(1, 2)), torch.zeros_like(v.transpose(1, 2))
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    shift = (dout * out).sum(dim=3)  # delta - dlse
+    if dlse is not None:
+        shift -= dlse
+    for rows in _chunks(q, k):
+        p = _scores(q, keys, scale, see, rows).sub_(lse[:, rows].transpose(1, 2).unsqueeze(3)).exp_()
+        douts = dout[:, rows].transpose(1, 2)
+        dv += p.transpose(2, 3) @ douts
+        ds = (douts @ values.transpose(2, 3)).sub_(shift[:, rows].transpose(1, 2).unsqueeze(3)).mul_(p).mul_(scale)
+        dq[:, rows] = (ds @ keys).transpose(1, 2)
+        dk += ds.transpose(2, 3) @ q[:, rows].transpose(1, 2)
+    return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """Slices of the query rows, so many that no more than `SCORES` scores exist at a time."""
+    size = max(SCORES // max(q.shape[0] * q.shape[2] * k.shape[1], 1), 1)
+    return [slice(first, first + size) for first in range(0, q.shape[1], size)]
+
+
+def _scores(q: Tensor, keys: Tensor, scale: float, see: Visibility, rows: slice) -> Tensor:
+    """scale·q·k (X, heads, chunk, Lk), -inf where a key is not seen."""
+    scores = (q[:, rows].transpose(1, 2) * scale) @ keys.transpose(2, 3)
+    if see.causal:
+        first = torch.arange(q.shape[1], device=q.device)[rows].view(-1, 1)
+        scores.masked_fill_(torch.arange(keys.shape[2], device=q.device) > first, -torch.inf)
+    if see.tokens is not None:
+        asking, keeping = see.tokens
+        scores.masked_fill_((keeping.unsqueeze(1) > asking[:, rows].unsqueeze(2)).unsqueeze(1), -torch.inf)
+    if see.keys is not None:
+        scores.masked_fill_(~see.keys[:, None, None, :], -torch.inf)
+    return scores

@@ -1,0 +1,192 @@
+"""Dilated attention by torch's own kernels: CPUs, float64, and wherever the generated kernels do not run.
+
+Memory is linear in N. Every branch is a few dense attentions over strided views (`torch_calls`), whose results are
+blended into one out and lse as they come; the backward is exact from these two alone, so no branch output is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import GRID_CAP, Problem, head_offsets
+from .torch_attention import Visibility, attend, attend_backward, upcast
+from .torch_calls import Call, calls
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this backend cannot do a problem, or None."""
+    if problem.dropout:
+        return "the torch backend has no attention dropout; set dropout_p to 0 or use backend='triton'"
+    if problem.query_range is not None:
+        return f"the torch backend computes all queries of a sequence, not the range {problem.query_range}"
+    return None
+
+
+@torch.no_grad()
+def forward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all branches as one softmax.
+
+    Args:
+        plan: Its problem is what is computed.
+        q: Queries (B, N, H, D), any strides.
+        k: Keys (B, N, G, D).
+        v: Values (B, N, G, D).
+        scale: Factor of the scores.
+        index: Steps -> tokens, (N,) integers, wherever the problem has an order; else None.
+        mask: Key padding mask (B, N) bool, or None.
+        offsets: Integers (branches, H) where the head offset rule is "table"; -1 where a head is absent.
+
+    Returns:
+        out (B, N, H, D) in q's dtype and lse (B, H, N) in float32, or float64 for float64 inputs.
+    """
+    problem = plan.problem
+    q, k, v = _unit_stride(q, k, v)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(
+        (problem.batch, problem.heads, problem.length), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    by_row = lse.transpose(1, 2)  # [B, N, H]
+    seen = False
+    for branch_calls in _branches(problem, offsets, index, q.device):
+        for call in branch_calls:
+            rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
+            if not seen:
+                call.queries.write(out, rows)
+                call.queries.write(by_row, row_lse)
+                continue
+            before = call.queries.read(by_row)
+            # exp(lse_b - logaddexp(lse, lse_b)); where both are -inf nothing changes.
+            weight = torch.sigmoid(row_lse - before).nan_to_num_(0.0)
+            call.queries.blend(out, rows, weight.unsqueeze(3))
+            call.queries.write(by_row, torch.logaddexp(before, row_lse))
+        seen = True
+    return out, lse
+
+
+@torch.no_grad()
+def backward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    *,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from the merged out and lse.
+
+    Args:
+        plan: The forward's; so are q, k, v, scale, index, mask and offsets.
+        out: What `forward` returned; so is lse.
+        dout: Gradient of out, any strides.
+        dlse: Gradient of lse (B, H, N), or None; None where `problem.mix_grad` is "detached".
+
+    Returns:
+        dq, dk and dv, shaped and typed like q, k and v.
+    """
+    problem = plan.problem
+    q, k, v = _unit_stride(q, k, v)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    keyless = lse == -torch.inf
+    by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
+    dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
+    for branch_calls in _branches(problem, offsets, index, q.device):
+        for call in branch_calls:
+            if not call.keys.count:
+                continue
+            if problem.mix_grad == "detached":
+                rows, _ = _attend(call, problem, q, k, v, scale, mask)
+            else:
+                rows = call.queries.read(out)
+            grads = attend_backward(
+                call.queries.read(q),
+                call.keys.read(k),
+                call.keys.read(v),
+                rows,
+                call.queries.read(by_row),
+                call.queries.read(dout),
+                None if dlse_by_row is None else call.queries.read(dlse_by_row),
+                scale,
+                _visibility(call, problem, mask, q.device),
+            )
+            call.queries.add(dq, grads[0])
+            call.keys.add(dk, grads[1])
+            call.keys.add(dv, grads[2])
+    return dq, dk, dv
+
+
+def _attend(
+    call: Call, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out (B·C, L, heads, D) and lse (B·C, L, heads) of one call, phantom keys and masked queries included."""
+    queries = call.queries.read(q)
+    if call.keys.count:
+        out, lse = attend(
+            queries, call.keys.read(k), call.keys.read(v), scale, _visibility(call, problem, mask, q.device)
+        )
+    else:
+        out = torch.zeros_like(upcast(queries))
+        lse = torch.full_like(out[..., 0], -torch.inf)
+    if call.phantoms:
+        total = torch.logaddexp(lse, torch.full_like(lse, math.log(call.phantoms)))
+        out, lse = out * torch.exp(lse - total).unsqueeze(3), total
+    if mask is not None:
+        masked = ~call.queries.read_per_token(mask).unsqueeze(2)
+        out, lse = out.masked_fill(masked.unsqueeze(3), 0.0), lse.masked_fill(masked, -torch.inf)
+    return out, lse
+
+
+def _visibility(call: Call, problem: Problem, mask: Tensor | None, device: torch.device) -> Visibility:
+    keys = None if mask is None else call.keys.read_per_token(mask)
+    tokens = None
+    if call.by_token:
+        numbers = torch.arange(problem.length, device=device).expand(problem.batch, -1)
+        tokens = (call.queries.read_per_token(numbers), call.keys.read_per_token(numbers))
+    return Visibility(call.causal, tokens, keys)
+
+
+def _branches(
+    problem: Problem, offsets: Tensor | None, index: Tensor | None, device: torch.device
+) -> Iterator[Iterator[Call]]:
+    """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
+    if offsets is None:
+        table = [head_offsets(problem.head_offset, problem.heads, rate) for _, rate in problem.branches]
+    else:
+        table = [tuple(row) for row in offsets.tolist()]
+    # Four pairs a thread even out the causal ones.
+    pairs = 4 * torch.get_num_threads() if device.type == "cpu" else GRID_CAP
+    tokens = None if index is None else index.long()
+
+    def share(branch: int) -> float:
+        return sum(offset >= 0 for offset in table[branch]) / problem.branches[branch][1]
+
+    for branch in sorted(range(len(table)), key=share, reverse=True):
+        yield calls(problem, branch, table[branch], tokens, pairs)
+
+
+def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
