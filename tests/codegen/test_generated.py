@@ -12,6 +12,7 @@ from codegen import ROOT
 from codegen.matrix import VARIANTS
 from codegen.sync import compare, render_all
 from dilated_attention_pytorch.variant import Variant
+from dilated_attention_pytorch.workloads import WORKLOADS
 
 
 def test_what_is_committed_is_what_is_rendered_and_quickly() -> None:
@@ -38,3 +39,16 @@ def test_generated_code_passes_ruff_as_rendered(command: list[str]) -> None:
 def test_names_read_back_as_variants() -> None:
     """A file whose name means another variant would be loaded for it."""
     assert [Variant.from_name(variant.name) for variant in VARIANTS] == list(VARIANTS)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_branch_of_a_workload_has_texts_of_its_own(name: str) -> None:
+    """A model that we name would quietly run through the general variant."""
+    branches = {
+        Variant(
+            "full" if problem.is_full(branch) else problem.segment(branch), dilation, problem.order, problem.queries
+        )
+        for problem in WORKLOADS[name].problems()
+        for branch, (_, dilation) in enumerate(problem.branches)
+    }
+    assert branches <= VARIANTS.keys()
