@@ -1,3 +1,25 @@
-"""Dilated attention: LongNet branches, Hilbert token orders and exact gradients on generated Triton kernels."""
+"""Dilated attention: LongNet branches, Hilbert token orders and exact gradients on generated Triton kernels.
+
+`dilated_attention` computes, `explain` tells what it would run and why, `options` steers the choice, and `TokenOrder`
+lays tokens along a curve.
+"""
+
+from .config import LaunchConfig as LaunchConfig
+from .errors import DilatedAttentionError as DilatedAttentionError
+from .order import TokenOrder as TokenOrder
+from .order import create_hilbert_mapping as create_hilbert_mapping
+from .runtime.api import dilated_attention as dilated_attention
+from .runtime.api import explain as explain
+from .runtime.options import options as options
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DilatedAttentionError",
+    "LaunchConfig",
+    "TokenOrder",
+    "create_hilbert_mapping",
+    "dilated_attention",
+    "explain",
+    "options",
+]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch, torch_backend
+from .arguments import HeadOffsets
 from .plan import Plan
 
 BACKENDS = {"triton": launch, "torch": torch_backend}
@@ -32,15 +33,14 @@ class HilbertAttentionFunction(torch.autograd.Function):
         scale: float,
         index: Tensor | None,
         mask: Tensor | None,
-        offsets: Tensor | None,
+        offsets: HeadOffsets,
     ) -> tuple[Tensor, Tensor]:
         """Run the plan's forward; see `launch.forward` for shapes."""
         out, lse = BACKENDS[plan.backend].forward(
             plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets
         )
-        ctx.save_for_backward(q, k, v, out, lse, index, mask, offsets)
-        ctx.plan = plan
-        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, out, lse, index, mask)
+        ctx.plan, ctx.scale, ctx.offsets = plan, scale, offsets
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -48,13 +48,13 @@ class HilbertAttentionFunction(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of q, k and v; a gradient of lse is taken in."""
-        q, k, v, out, lse, index, mask, offsets = ctx.saved_tensors
+        q, k, v, out, lse, index, mask = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 8
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
         gradients = BACKENDS[ctx.plan.backend].backward(
-            ctx.plan, q, k, v, out, lse, dout, dlse, scale=ctx.scale, index=index, mask=mask, offsets=offsets
+            ctx.plan, q, k, v, out, lse, dout, dlse, scale=ctx.scale, index=index, mask=mask, offsets=ctx.offsets
         )
         return (*gradients, None, None, None, None, None)
 

@@ -6,7 +6,7 @@ kept, and later branches merge into what they find.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import generated
 from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
+from .arguments import HeadOffsets
 from .plan import BranchPlan, Choice, Plan
 
 DELTA_ROWS = 64
@@ -30,7 +31,7 @@ def forward(
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
-    offsets: Tensor | None,
+    offsets: HeadOffsets,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward launches of a plan.
 
@@ -42,13 +43,13 @@ def forward(
         scale: Positive factor of the scores.
         index: Steps -> tokens, int32 (N,), where the order is read and not computed.
         mask: (B, N) bool, True = take part.
-        offsets: int32 (branches, H) where the head offset rule is "table".
+        offsets: First kept steps of the heads.
 
     Returns:
         out like q but contiguous, lse (B, H, rows of q) in float32.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    out = allocate(q.shape, q.dtype, q.device)
+    lse = allocate((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
     if out.numel() == 0:
         return out, lse
     shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v)
@@ -72,7 +73,7 @@ def backward(
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
-    offsets: Tensor | None,
+    offsets: HeadOffsets,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch.
 
@@ -87,15 +88,15 @@ def backward(
     Returns:
         dq, dk, dv, contiguous.
     """
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # A range of queries may leave segments of keys without a launch.
-    allocate = torch.empty if plan.problem.query_range is None else torch.zeros
-    dk = allocate(k.shape, dtype=k.dtype, device=k.device)
-    dv = allocate(v.shape, dtype=v.dtype, device=v.device)
+    dq, dk, dv = (allocate(tensor.shape, tensor.dtype, tensor.device) for tensor in (q, k, v))
+    if dq.numel() == 0 or plan.problem.query_range is not None:
+        # No launch comes to the segments that no query asks.
+        dk.zero_()
+        dv.zero_()
     if dq.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk, dv
     shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
-    delta = torch.empty_like(lse)
+    delta = allocate(lse.shape, lse.dtype, lse.device)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
     with _on(q):
         _launch_delta(shared, dlse)
@@ -104,6 +105,11 @@ def backward(
             _launch(branch.dkdv, values)
             _launch(branch.dq, values)
     return dq, dk, dv
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that the kernels owe every element of; nothing initialises it. Tests put poison in its place."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -151,14 +157,14 @@ def shared_values(
 
 
 def branch_values(
-    problem: Problem, branch: BranchPlan, place: int, offsets: Tensor | None, shared: Mapping[str, Any]
+    problem: Problem, branch: BranchPlan, place: int, offsets: HeadOffsets, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What one branch adds; `place` is its turn among the launches."""
     first, last = problem.query_range or (0, problem.length)
     first_segment = first // branch.segment
     return {
         **shared,
-        "p_offsets": None if offsets is None else offsets[branch.branch],
+        "p_offsets": None if offsets.table is None else offsets.table[branch.branch],
         "first_segment": first_segment,
         "n_segments": cdiv(last, branch.segment) - first_segment,
         "SEGMENT": branch.segment,

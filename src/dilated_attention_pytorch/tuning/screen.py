@@ -19,6 +19,7 @@ import torch
 
 from ..config import Problem
 from ..errors import ConfigError, UnsupportedError
+from ..runtime.arguments import HeadOffsets
 from ..runtime.launch import branch_values, compile_options, prepared, shared_values
 from ..runtime.plan import BranchPlan, Choice
 
@@ -95,7 +96,7 @@ def _values(problem: Problem, branch: BranchPlan, place: int) -> dict[str, Any]:
     shared = shared_values(problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
     row = meta(b, h, rows, dtype=torch.float32)
     shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
-    return branch_values(problem, branch, place, offsets, shared)
+    return branch_values(problem, branch, place, HeadOffsets((), offsets), shared)
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
