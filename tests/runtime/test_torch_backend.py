@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dilated_attention_pytorch.runtime import torch_attention, torch_backend, torch_calls
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.plan import Plan
 from dilated_attention_pytorch.runtime.torch_calls import head_runs
 
@@ -32,7 +33,7 @@ def run(case: Case, inputs: Inputs, *, mix_grad: str = "exact", with_dlse: bool 
         "scale": case.D**-0.5,
         "index": inputs.order,
         "mask": inputs.mask,
-        "offsets": torch.tensor(case.head_offset) if problem.head_offset == "table" else None,
+        "offsets": HeadOffsets(case.offsets),
     }
     q, k, v, dout, dlse = inputs[:5]
     out, lse = torch_backend.forward(plan, q, k, v, **options)

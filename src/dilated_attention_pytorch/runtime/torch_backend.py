@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..config import GRID_CAP, Problem, head_offsets
+from ..config import GRID_CAP, Problem
 from .torch_attention import Visibility, attend, attend_backward, upcast
 from .torch_calls import Call, calls
 
 if TYPE_CHECKING:
+    from .arguments import HeadOffsets
     from .plan import Plan
 
 
@@ -40,7 +41,7 @@ def forward(
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
-    offsets: Tensor | None,
+    offsets: HeadOffsets,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all branches as one softmax.
 
@@ -52,7 +53,7 @@ def forward(
         scale: Factor of the scores.
         index: Steps -> tokens, (N,) integers, wherever the problem has an order; else None.
         mask: Key padding mask (B, N) bool, or None.
-        offsets: Integers (branches, H) where the head offset rule is "table"; -1 where a head is absent.
+        offsets: First kept step of each head by branch.
 
     Returns:
         out (B, N, H, D) in q's dtype and lse (B, H, N) in float32, or float64 for float64 inputs.
@@ -95,7 +96,7 @@ def backward(
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
-    offsets: Tensor | None,
+    offsets: HeadOffsets,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the merged out and lse.
 
@@ -170,22 +171,18 @@ def _visibility(call: Call, problem: Problem, mask: Tensor | None, device: torch
 
 
 def _branches(
-    problem: Problem, offsets: Tensor | None, index: Tensor | None, device: torch.device
+    problem: Problem, offsets: HeadOffsets, index: Tensor | None, device: torch.device
 ) -> Iterator[Iterator[Call]]:
     """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
-    if offsets is None:
-        table = [head_offsets(problem.head_offset, problem.heads, rate) for _, rate in problem.branches]
-    else:
-        table = [tuple(row) for row in offsets.tolist()]
     # Four pairs a thread even out the causal ones.
     pairs = 4 * torch.get_num_threads() if device.type == "cpu" else GRID_CAP
     tokens = None if index is None else index.long()
 
     def share(branch: int) -> float:
-        return sum(offset >= 0 for offset in table[branch]) / problem.branches[branch][1]
+        return sum(offset >= 0 for offset in offsets.rows[branch]) / problem.branches[branch][1]
 
-    for branch in sorted(range(len(table)), key=share, reverse=True):
-        yield calls(problem, branch, table[branch], tokens, pairs)
+    for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
+        yield calls(problem, branch, offsets.rows[branch], tokens, pairs)
 
 
 def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
