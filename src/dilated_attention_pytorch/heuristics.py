@@ -12,7 +12,7 @@ FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, n
 """The last resort, larger first: slow, and small enough for every GPU we know."""
 
 # (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes of a padded row of one operand.
-# 128 bytes: bf16 with D <= 64. 256: D <= 128. 512: D <= 256. Wider rows are float32 alone, see _FLOAT32.
+# 128 bytes: bf16 with D <= 64. 256: D <= 128. 512: D <= 256. float32 has a table of its own.
 _Sizes = tuple[tuple[int, int, int, int], ...]
 _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
     "large": {  # 160 KiB of shared memory and more: sm_80, sm_90, sm_100, gfx950
@@ -20,18 +20,18 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dkdv": {128: ((64, 128, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
         "dq": {128: ((128, 64, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
     },
-    "small": {  # 64 to 99 KiB: sm_75, sm_86, sm_89, sm_120, gfx90a, gfx942
+    "small": {  # 64 to 99 KiB: sm_86, sm_89, sm_120, gfx90a, gfx942
         "fwd": {128: ((128, 64, 4, 2),), 256: ((64, 64, 4, 2), (64, 32, 4, 2)), 512: ((64, 32, 4, 1), (32, 32, 4, 1))},
         "dkdv": {128: ((64, 64, 4, 2),), 256: ((32, 64, 4, 2), (32, 32, 4, 1)), 512: ((16, 32, 4, 1),)},
         "dq": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2), (32, 32, 4, 1)), 512: ((32, 16, 4, 1),)},
     },
 }
-# float32 products run without tensor cores unless tf32 is on, and its accumulators fill the registers sooner.
+# float32 operands: no tensor cores unless tf32 is on, and twice the bytes. All that sm_75 has.
 _FLOAT32: dict[int, _Sizes] = {
     64: ((64, 32, 4, 2),),
     128: ((64, 32, 4, 2),),
-    256: ((32, 32, 4, 2), (32, 32, 4, 1)),
-    512: ((32, 32, 4, 1), (16, 16, 4, 1)),
+    256: ((64, 32, 4, 2), (32, 32, 4, 2)),
+    512: ((32, 32, 4, 2), (32, 32, 4, 1)),
     1024: ((16, 16, 4, 1),),
 }
 _LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "gfx950")
@@ -48,8 +48,8 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         keys: Key rows of a whole segment.
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
     """
-    row_bytes = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
-    if dtype == "fp32":
+    row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
+    if _operand_bytes(dtype, arch) == 4:
         sizes = _FLOAT32[row_bytes]
     else:
         sizes = _TABLES["large" if arch in _LARGE else "small"][op][max(row_bytes, 128)]
@@ -57,24 +57,45 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
     return list(dict.fromkeys(configs))
 
 
-def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig) -> int:
-    """An upper estimate of the shared memory that a block takes, in bytes.
+def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch: str) -> int:
+    """An upper estimate of the shared memory that a block takes, in bytes, after what Triton 3.7 allocates.
 
-    Tiles that stay for the whole loop are counted once and tiles that the loop loads once a stage, two operands each;
-    without pipelining (one stage) they pass through one after the other. The backward hands P or dS from one product
-    to the next through shared memory.
+    Tiles that stay for the whole loop (q, or k and v, or q and dout) are counted once, those that the loop loads as
+    often as the pipeline buffers them; P or dS passes through shared memory from one product to the next, unless the
+    tensor cores take it from registers; lse and delta are buffered like tiles.
     """
-    row = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
+    backward = op != "fwd"
+    stages = 1 if arch == "sm_75" else config.num_stages  # it has no asynchronous copies to pipeline
+    size = _operand_bytes(dtype, arch)
+    row = padded_head_dim(head_dim) * size
     stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
-    held = stay if op == "fwd" else 2 * stay
-    passing = 2 * config.num_stages * loop if config.num_stages > 1 else loop
-    between = 0 if op == "fwd" else config.block_m * config.block_n * DTYPE_BYTES[dtype]
-    return (held + passing) * row + between
+    between = config.block_m * (config.block_n + 8) * size
+    vectors = 16 * (stages - 1) * loop if backward else 0
+    if arch.startswith("gfx"):
+        # What stays is kept in registers, and passes through shared memory before the loop starts.
+        buffers = max(2 * stages - 2, 1)
+        return max(stay * row, buffers * loop * row + between) + vectors
+    held = 2 * stay if backward else stay
+    if stages == 1:
+        buffers = {"fwd": 1, "dkdv": 3, "dq": 2}[op]
+        between = 0 if backward else between
+    elif arch in ("sm_90", "sm_100", "sm_103") and stay >= 64:
+        # These tensor cores read the buffers themselves: one more is in use.
+        buffers = 2 * stages + (2 if backward and arch != "sm_90" else 0)
+        between = 4096
+    else:
+        buffers = 2 * stages - 2
+    return (held + buffers * loop) * row + between + vectors
 
 
 def padded_head_dim(head_dim: int) -> int:
     """The power of two that a kernel's tiles are wide."""
     return max(next_power_of_two(head_dim), 16)
+
+
+def _operand_bytes(dtype: str, arch: str) -> int:
+    """Bytes of a number as a product takes it: Triton has no tensor cores on Turing and widens float16 to float32."""
+    return 4 if arch == "sm_75" else DTYPE_BYTES[dtype]
 
 
 def _shrunk(config: LaunchConfig, queries: int, keys: int, width: int) -> LaunchConfig:

@@ -331,8 +331,9 @@ def _refuse_miss(question: _Question, op: str, rung: str) -> None:
 
 def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> _Offer:
     """An offer that nobody has compiled: it fits by the estimate."""
-    need = heuristics.shared_bytes(op, question.problem.head_dim, question.problem.dtype, config)
-    return _Offer(config, why, _too_big(question.device, config, need))
+    problem, device = question.problem, question.device
+    need = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch)
+    return _Offer(config, why, _too_big(device, config, need))
 
 
 def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
