@@ -36,6 +36,8 @@ def _of_problem(problem: Problem, device: Device | None) -> Iterator[str]:
         yield f"{device.name} (sm_75) has no bfloat16: use float16"
     if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
         yield f"head_dim must be a multiple of 8 from 8 to 256, got {problem.head_dim}: pad q, k and v with zeros"
+    if not problem.positive_scale:
+        yield "kernels take the largest product for the largest score, so scale must be positive"
     if problem.dropout:
         yield "dropout has no kernel yet"
     if problem.mix_grad == "detached":

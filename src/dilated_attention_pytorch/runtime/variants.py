@@ -84,6 +84,10 @@ def _even(problem: Problem, branch: int, op: str, config: LaunchConfig, one_tile
     keys, queries = problem.rows(branch), query_rows(problem, branch)
     if problem.length % segment or segment % dilation or not _asks_whole_segments(problem, branch):
         return False
+    if problem.head_offset == "table":
+        return False  # a head may be absent, and its tiles are all tail
+    if one_tile and op == "dkdv" and dilation > 1 and problem.heads != problem.kv_heads:
+        return False  # heads of a group that keep other steps are masked like a tail
     if one_tile and (keys != config.block_n or (op == "dkdv" and queries != config.block_m)):
         return False
     return keys % config.block_n == 0 and queries % config.block_m == 0
