@@ -72,6 +72,12 @@ class Device:
     silicon: str = ""
     aliases: tuple[str, ...] = field(default=(), compare=False)
 
+    def __str__(self) -> str:
+        facts = [self.arch, f"{self.sms} SMs", f"{self.shared_bytes:,} bytes of shared memory a block"]
+        facts += [f"L2 {self.l2_bytes / 2**20:.4g} MiB"] if self.l2_bytes else []
+        facts += [f"{self.bandwidth:g} GB/s"] if self.bandwidth else []
+        return f"{self.name} ({', '.join(facts)})"
+
 
 INTERPRETER = Device(name="interpreter", arch="interpreter", sms=1, shared_bytes=1 << 30)
 """Triton's interpreter on CPU tensors: no limit of a GPU holds there."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..config import Problem
-from ..device import Device
 from .plan import BranchPlan, Choice, Plan
 
 
@@ -16,7 +15,7 @@ def tell(plan: Plan, *, backward: bool = True) -> str:
 
 def _lines(plan: Plan, backward: bool) -> Iterator[str]:
     yield _problem(plan.problem)
-    yield f"device   {_device(plan.device)}"
+    yield f"device   {plan.device or 'CPU'}"
     yield f"backend  {plan.backend}, lowest rung: {plan.rung}"
     for name, sentence in plan.refusals:
         yield f"         not {name}: {sentence}"
@@ -50,15 +49,6 @@ def _problem(problem: Problem) -> str:
     words += ["phantom keys"] if problem.padding == "zeros" else []
     words += ["detached mix"] if problem.mix_grad == "detached" else []
     return "problem  " + ", ".join(words)
-
-
-def _device(device: Device | None) -> str:
-    if device is None:
-        return "CPU"
-    facts = [f"{device.arch}, {device.sms} SMs", f"{device.shared_bytes:,} bytes of shared memory a block"]
-    facts += [f"L2 {device.l2_bytes / 2**20:.4g} MiB"] if device.l2_bytes else []
-    facts += [f"{device.bandwidth:g} GB/s"] if device.bandwidth else []
-    return f"{device.name} ({', '.join(facts)})"
 
 
 def _branch(problem: Problem, place: int, branch: BranchPlan) -> str:
