@@ -315,7 +315,7 @@ def status(entry: Entry, arch: str, toolchain: Toolchain, kernels: Mapping[str, 
         return INVALID
     if entry.provenance.kernel not in kernels:
         return KERNEL_STALE
-    if toolchain.triton is not None and entry.provenance.triton != toolchain.triton:
+    if toolchain.triton not in (None, "unknown") and entry.provenance.triton != toolchain.triton:
         return TOOLCHAIN_STALE
     return FRESH
 
