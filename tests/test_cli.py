@@ -1,0 +1,112 @@
+"""The console command: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dilated_attention_pytorch import cli, device, doctor
+
+from .measurements import PROBLEM, entry
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_explain_simulates_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of the documents must print what would run there, on a machine without that GPU."""
+    code, out, _ = run(capsys, "explain", "--gpu", "l4", "--workload", "gigapath")
+    assert code == 0
+    assert "workload gigapath: Prov-GigaPath slide encoder" in out
+    assert "nvidia-l4 (sm_89, 58 SMs" in out
+    assert "launch 5: branch 4, segment 10213 (of 1048576, N is less), dilation 16, 639 rows" in out
+    assert "dkdv" not in out
+
+
+def test_explain_tells_of_gradients_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """--backward that is parsed and forgotten."""
+    _, out, _ = run(capsys, "explain", "--gpu", "h100", "--workload", "core", "--backward")
+    assert "dkdv" in out and "dq" in out
+
+
+def test_what_is_given_replaces_what_the_workload_has(capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that is ignored explains another call than the user's."""
+    options = "--length 999 --heads 12 --kv-heads 4 --head-dim 80 --batch 3 --dtype fp32 --causal --mask --order snake"
+    more = "--segments 100,7 --dilations 3,2 --queries all --head-offset zero --padding zeros --json --gpu a100"
+    code, out, _ = run(capsys, "explain", "--workload", "longnet", *options.split(), *more.split())
+    problem = json.loads(out)["problem"]
+    assert code == 0
+    expected = {"length": 999, "heads": 12, "kv_heads": 4, "head_dim": 80, "batch": 3, "dtype": "fp32", "causal": True}
+    expected |= {"mask": True, "order": "snake", "row_width": 32, "branches": [[100, 3], [7, 2]], "queries": "all"}
+    expected |= {"head_offset": "zero", "padding": "zeros"}
+    assert {name: problem[name] for name in expected} == expected
+
+
+def test_json_holds_every_launch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A script that reads it needs names and numbers, not sentences alone."""
+    from dilated_attention_pytorch import database
+
+    database.save(device.simulated("h100"), [entry()], tmp_path)
+    sizes = f"--length {PROBLEM.length} --heads 8 --head-dim 64 --segments 512 --dilations 2 --dtype fp16".split()
+    code, out, _ = run(capsys, "explain", "--gpu", "h100", "--json", "--database", str(tmp_path), *sizes, "--backward")
+    found = json.loads(out)
+    assert (code, found["backend"], found["device"]["name"]) == (0, "triton", "nvidia-h100-80gb-hbm3")
+    assert [launch["op"] for launch in found["launches"]] == ["fwd", "dkdv", "dq"]
+    # The invented kernel of the entry is in nobody's git: it serves as a fallback alone.
+    assert found["launches"][0]["rung"] == "stale"
+    assert found["launches"][0]["config"] == {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--gpu h10 --workload longnet", "did you mean"),
+        ("--gpu l4 --workload longent", "'longent' is no workload"),
+        ("--gpu l4 --length 5", "name a --workload, or give --heads, --head-dim, --segments, --dilations"),
+        ("--gpu l4 --workload longnet --segments 5", "one dilation rate a segment length, got 1 --segments and 5"),
+        ("--gpu l4 --workload longnet --heads 12 --kv-heads 5", "a multiple of --kv-heads, got 12 and 5"),
+        ("--gpu l4 --workload longnet --length 0", "expected a positive integer, got '0'"),
+        ("--gpu l4 --workload longnet --dtype fp64 --backend triton", "float64 runs on the torch backend"),
+        ("--gpu l4 --workload longnet --database no/such", "'no/such' is no folder"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_with_a_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: str, complaint: str
+) -> None:
+    """A traceback, or exit code 0, where a script expects a plan."""
+    code, out, err = run(capsys, "explain", *arguments.split())
+    assert (code, out) == (2, "")
+    assert complaint in err
+
+
+def test_without_a_gpu_explain_says_why_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user who forgets --gpu on a laptop must not take the answer for a GPU's."""
+    monkeypatch.setattr(device, "current", lambda where=None: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, _ = run(capsys, "explain", "--workload", "readme")
+    assert code == 0
+    assert "device   CPU" in out and "not triton: the tensors are on a CPU" in out
+
+
+def test_the_exit_code_of_doctor_is_its_verdict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CI that asks the doctor reads the code alone."""
+    facts = (("versions", "python", "3.11"),)
+    for complaints, expected in (((), 0), ((("a fault", "a remedy"),), 1)):
+        monkeypatch.setattr(doctor, "examine", lambda found=complaints: doctor.Report(facts, found))
+        code, out, _ = run(capsys, "doctor")
+        assert code == expected
+        assert ("a remedy" in out) == bool(complaints)
+        code, out, _ = run(capsys, "doctor", "--json")
+        assert json.loads(out)["complaints"] == [list(complaint) for complaint in complaints]
