@@ -79,7 +79,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--backward", action="store_true", help="tell of the gradients' kernels too")
     where.add_argument("--json", action="store_true", help="print the plan as JSON")
-    what = parser.add_argument_group("what: a workload, and whatever differs from it, or all of the first five")
+    what = parser.add_argument_group("what: a workload and what differs from it, or at least --length to --dilations")
     what.add_argument("--workload", metavar="NAME", help="one of " + ", ".join(WORKLOADS))
     what.add_argument("--length", type=_positive, metavar="N", help="tokens of the sequence")
     what.add_argument("--heads", type=_positive, metavar="H", help="query heads")
