@@ -15,7 +15,16 @@ FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, n
 # 128 bytes: bf16 with D <= 64. 256: D <= 128. 512: D <= 256. float32 has a table of its own.
 _Sizes = tuple[tuple[int, int, int, int], ...]
 _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
-    "large": {  # 160 KiB of shared memory and more: sm_80, sm_90, sm_100, gfx950
+    "hopper": {  # measured on an H100 at 1024 and 2048 rows, D 64 and 128
+        "fwd": {
+            128: ((128, 64, 4, 3),),
+            256: ((128, 128, 8, 3), (64, 64, 4, 3)),
+            512: ((128, 32, 8, 2), (64, 32, 4, 2)),
+        },
+        "dkdv": {128: ((64, 64, 4, 3),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
+        "dq": {128: ((128, 64, 4, 2),), 256: ((128, 64, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
+    },
+    "large": {  # 160 KiB of shared memory and more: sm_80, sm_100, gfx950
         "fwd": {128: ((128, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((128, 32, 8, 2), (64, 32, 4, 2))},
         "dkdv": {128: ((64, 128, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
         "dq": {128: ((128, 64, 8, 2),), 256: ((64, 64, 4, 2),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
@@ -27,14 +36,13 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
     },
 }
 # float32 operands: no tensor cores unless tf32 is on, and twice the bytes. All that sm_75 has.
-_FLOAT32: dict[int, _Sizes] = {
-    64: ((64, 32, 4, 2),),
-    128: ((64, 32, 4, 2),),
-    256: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    512: ((32, 32, 4, 2), (32, 32, 4, 1)),
-    1024: ((16, 16, 4, 1),),
+_WIDE: dict[int, _Sizes] = {512: ((32, 32, 4, 2), (32, 32, 4, 1)), 1024: ((16, 16, 4, 1),)}
+_FLOAT32: dict[str, dict[int, _Sizes]] = {
+    "fwd": {**dict.fromkeys((64, 128, 256), ((128, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))), **_WIDE},
+    "dkdv": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 2), (32, 32, 4, 2))), **_WIDE},
+    "dq": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 2), (32, 32, 4, 2))), **_WIDE},
 }
-_LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "gfx950")
+_FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
 
 def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
@@ -50,9 +58,9 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _operand_bytes(dtype, arch) == 4:
-        sizes = _FLOAT32[row_bytes]
+        sizes = _FLOAT32[op][row_bytes]
     else:
-        sizes = _TABLES["large" if arch in _LARGE else "small"][op][max(row_bytes, 128)]
+        sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys(configs))
 
@@ -79,6 +87,9 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     if stages == 1:
         buffers = {"fwd": 1, "dkdv": 3, "dq": 2}[op]
         between = 0 if backward else between
+    elif size == 4:
+        # tf32 products of the backward, and those that read the buffers, want operands turned, in a buffer of their own.
+        buffers = 2 * stages if backward or stay >= 64 else 2 * stages - 2
     elif arch in ("sm_90", "sm_100", "sm_103") and stay >= 64:
         # These tensor cores read the buffers themselves: one more is in use.
         buffers = 2 * stages + (2 if backward and arch != "sm_90" else 0)

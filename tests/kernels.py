@@ -1,0 +1,121 @@
+"""Running the generated kernels on cases, for the interpreter and for a GPU alike, with poison in all outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import dilated_attention_pytorch as dap
+from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_two
+from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.variant import Variant
+
+from .cases import Case, Inputs, arguments
+from .dense import dense_attention
+from .tolerances import Results
+
+GUARD = 512
+"""Elements of poison before and behind every output."""
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Outputs full of NaN between guard bands of NaN; fails if a band was written to."""
+    bands: list[tuple[Tensor, int]] = []
+
+    def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = torch.Size(shape).numel()
+        memory = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
+        bands.append((memory, size))
+        return memory[GUARD : GUARD + size].view(shape)
+
+    with mock.patch.object(launch, "allocate", allocate):
+        yield
+    for memory, size in bands:
+        assert memory[:GUARD].isnan().all(), "a kernel wrote before an output"
+        assert memory[GUARD + size :].isnan().all(), "a kernel wrote behind an output"
+
+
+Config = LaunchConfig | Mapping[str, LaunchConfig] | None
+
+
+def run_kernels(case: Case, inputs: Inputs, config: Config = None) -> Results:
+    """Forward and backward of a case through the public face and the Triton backend, dlse included."""
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v))
+    with poisoned_outputs(), dap.options(config=config):
+        out, lse = dap.dilated_attention(q, k, v, **_given(case, inputs), return_lse=True, backend="triton")
+        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
+    return Results(out.detach(), lse.detach(), dq, dk, dv)
+
+
+def variants_run(case: Case, inputs: Inputs, config: Config = None) -> set[str]:
+    """Names of the texts that `run_kernels` runs."""
+    with dap.options(config=config):
+        chosen = dap.explain(inputs.q, inputs.k, inputs.v, **_given(case, inputs), backend="triton")
+    return {choice.variant.name for branch in chosen.branches for choice in (branch.fwd, branch.dkdv, branch.dq)}
+
+
+def _given(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """A snake is given by name, so that the kernels compute it and do not read it through an index."""
+    given = arguments(case, inputs)
+    return given | {"order": "snake"} if case.order == "snake" else given
+
+
+def as_dtype(case: Case, **dtypes: str) -> Case:
+    """The case in another dtype where `dtypes` maps its own."""
+    return replace(case, dtype=dtypes.get(case.dtype, case.dtype))
+
+
+def dense_formula(case: Case, inputs: Inputs) -> Results:
+    """The dense formula evaluated in the case's dtype: what rounding alone costs. Memory goes with N²."""
+    host = Inputs(*(None if tensor is None else tensor.cpu() for tensor in inputs))
+    results = dense_attention(host.q, host.k, host.v, **arguments(case, host), dout=host.dout, dlse=host.dlse)
+    return Results(*(tensor.to(inputs.q.device) for tensor in results))
+
+
+def pattern_case(
+    variant: Variant, *, heads: int = 2, D: int = 16, dtype: str = "fp32", causal: bool = False, mask: bool = False
+) -> Case:
+    """A call whose one branch runs this variant: whole segments for an even text, else a short last one."""
+    rate = variant.dilation or 3
+    if variant.segment == "full":
+        segment, length = 1 << 20, (64 * rate if variant.even else 62 * rate + 1)
+    else:
+        segment = variant.segment or 100
+        # Five segments of 128 cut a row of the snake that runs backwards: two do not, and the snake would be left out.
+        segments = 5 if variant.order == "snake" else 2
+        length = segment * segments if variant.even else segment * segments + segment // 3 + 1
+    return Case(
+        N=length,
+        branches=((segment, rate),),
+        H=heads,
+        G=heads if variant.one_tile and variant.even else heads // 2,
+        D=D,
+        queries=variant.queries,
+        head_offset="zero" if variant.queries == "all" else "cyclic",
+        order="random" if variant.order == "hilbert" else variant.order,
+        causal=causal,
+        mask=mask,
+        dtype=dtype,
+    )
+
+
+def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
+    """Tiles with which the plan comes to the variant; None where any do."""
+    rows = variant.rows or 64
+    if not variant.one_tile:
+        # Not all keys in one tile, and an even divisor of all rows.
+        size = 16 if rows < 64 else 32 if rows < 128 else 64
+        return dict.fromkeys(OPS, LaunchConfig(size, size, num_warps=4, num_stages=1))
+    tile = max(next_power_of_two(rows), 16)
+    asking = variant.segment if variant.queries == "all" else rows
+    assert isinstance(asking, int)
+    around = LaunchConfig(32, tile, num_warps=4, num_stages=1)
+    held = LaunchConfig(max(next_power_of_two(asking), 16), tile, num_warps=8, num_stages=1)
+    return {"fwd": around, "dkdv": held, "dq": around}

@@ -1,0 +1,88 @@
+"""Generated kernels in Triton's interpreter, on CPU tensors, against the oracle. A process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from dilated_attention_pytorch.config import LaunchConfig
+from dilated_attention_pytorch.variant import Variant
+
+from ..cases import CASES, Case, cases, make_inputs, oracle
+from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, variants_run
+from ..tolerances import check_results
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+
+# The interpreter's bf16 is garbage in every version, and fp64 has no kernel.
+RUNNABLE = [as_dtype(case, bf16="fp16", fp64="fp32") for case in CASES]
+TILES = (LaunchConfig(16, 32, num_stages=1), LaunchConfig(32, 16, num_stages=1), None)
+"""Tiles of unequal sides, so that a swapped size shows, and the untuned default."""
+
+PATTERNS = (
+    "s128_d1_snake_all_one_even",
+    "s128_d2_snake_all_one",
+    "s128_d4_snake_all",
+    "s128_d2_all_even",
+    "s128_d4_all_one_even",
+    "full_d4_even",
+    "full_d4",
+    "full_hilbert",
+    "general_snake",
+)
+"""One of each kind of text that the case table does not come to."""
+
+
+def check(case: Case, config: object) -> None:
+    inputs = make_inputs(case)
+    actual = run_kernels(case, inputs, config)  # type: ignore[arg-type]
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout, dense=dense_formula(case, inputs))
+
+
+@pytest.mark.parametrize("number", range(len(RUNNABLE)), ids=[case.id for case in RUNNABLE])
+def test_case_table(number: int) -> None:
+    """Wrong rows, masks, offsets, merges or tails; unwritten outputs (they hold NaN); writes beside them."""
+    check(RUNNABLE[number], TILES[number % len(TILES)])
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_specialised_text(name: str, causal: bool) -> None:
+    """A specialised text whose promises (one tile, nothing ragged, computed order) are not what the plan keeps."""
+    variant = Variant.from_name(name)
+    case, config = pattern_case(variant, causal=causal, mask=not causal), pattern_config(variant)
+    assert variants_run(case, make_inputs(case), config) == {name}
+    check(case, config)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases(max_length=40))
+def test_drawn_cases(case: Case) -> None:
+    """What nobody thought of."""
+    check(case, TILES[0])
+
+
+def test_expanded_gradient_is_read_in_place() -> None:
+    """A dout of stride 0 in every dimension, as `out.sum().backward()` gives, read as if it were dense."""
+    case = Case(N=37, branches=((10, 2),), H=2)
+    inputs = make_inputs(case)
+    one = inputs._replace(
+        dout=torch.full((), 0.7).expand(inputs.dout.shape), dlse=torch.zeros(()).expand(inputs.dlse.shape)
+    )
+    check_results(run_kernels(case, one, TILES[0]), oracle(case, one), "fp32", dout=one.dout)
+
+
+def test_strides_that_are_no_multiple_of_eight() -> None:
+    """Wide loads of rows that are not aligned: heads cut out of a wider tensor with odd strides."""
+    case = Case(N=37, branches=((10, 2),), H=2, D=16)
+    inputs = make_inputs(case)
+    wide = torch.zeros(1, 37, 2, 19)
+    q = wide[..., 1:17].copy_(inputs.q)
+    check_results(run_kernels(case, inputs._replace(q=q), TILES[1]), oracle(case, inputs), "fp32", dout=inputs.dout)

@@ -1,0 +1,109 @@
+"""Generated kernels compiled for GPUs that are not here. A process of its own: no interpreter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from codegen.matrix import VARIANTS
+from dilated_attention_pytorch import device, heuristics
+from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
+from dilated_attention_pytorch.runtime.plan import BranchPlan, Choice
+from dilated_attention_pytorch.runtime.variants import acting_order
+from dilated_attention_pytorch.tuning.screen import Resources, compile_offline
+from dilated_attention_pytorch.variant import Variant
+
+from .kernels import pattern_case, pattern_config
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+EVERYWHERE = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+KINDS = ("general", "general_snake_all", "general_hilbert", "s2048_d2_even", "s128_d2_snake_all_one", "full_d4")
+"""One of each kind of text."""
+ALL = os.environ.get("PROVE") == "all"
+CELLS = [
+    (variant.name, arch)
+    for variant in VARIANTS
+    for arch in EVERYWHERE
+    if ALL or arch == "sm_90" or variant.name in KINDS
+]
+
+
+def compiled(variant: Variant, op: str, arch: str, problem: Problem, *, merge: bool = False) -> tuple[Resources, int]:
+    """What the launch takes, and what the plan believes that it takes."""
+    config = _config(variant, op, arch, problem)
+    choice = Choice(op, 0, variant, config, "test", "", ())
+    branch = BranchPlan(0, problem.segment(0), problem.branches[0][1], acting_order(problem, 0), choice, choice, choice)
+    estimate = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
+    return compile_offline(problem, branch, op, arch, merge=merge), estimate
+
+
+def _config(variant: Variant, op: str, arch: str, problem: Problem) -> LaunchConfig:
+    """The untuned default that fits; for a text of one tile, the tile."""
+    if variant.one_tile:
+        config = pattern_config(variant)
+        assert config is not None
+        return config[op]
+    rows = problem.rows(0)
+    asking = rows if problem.queries == "dilated" else problem.segment(0)
+    configs = heuristics.default(op, problem.head_dim, problem.dtype, asking, rows, arch)
+    limit = device.SHARED_BYTES[arch]
+    fitting = [c for c in configs if heuristics.shared_bytes(op, problem.head_dim, problem.dtype, c, arch) <= limit]
+    return (fitting or list(heuristics.FLOOR))[0]
+
+
+def case_problem(variant: Variant, **changes: object) -> Problem:
+    """The problem of the variant's case, at a size that people run."""
+    case = pattern_case(variant, heads=16, D=64, dtype="bf16")
+    snake = {"order": "snake", "row_width": 37} if variant.order == "snake" else {}
+    return replace(case.problem, **{"kv_heads": 16, **snake, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [pytest.param(n, a, marks=[pytest.mark.toolchain] * (n in KINDS)) for n, a in CELLS]
+)
+def test_variant_compiles_and_fits(name: str, arch: str) -> None:
+    """A text that the compiler refuses, outgrows the GPU, or takes more shared memory than the plan reckons with."""
+    variant = Variant.from_name(name)
+    for op in OPS:
+        resources, estimate = compiled(variant, op, arch, case_problem(variant))
+        assert resources.shared_bytes <= estimate, f"{op}: the plan reckons with {estimate}"
+        assert resources.shared_bytes <= device.SHARED_BYTES[arch], op
+
+
+FEATURES = {
+    "causal-mask": {"causal": True, "mask": True},
+    "grouped": {"kv_heads": 2},
+    "table": {"head_offset": "table"},
+    "zeros": {"padding": "zeros"},
+    "D96-fp16": {"head_dim": 96, "dtype": "fp16"},
+    "D24-odd-strides": {"head_dim": 24, "causal": True},
+    "D256": {"head_dim": 256},
+    "fp32-tf32": {"dtype": "fp32", "tf32": True, "head_dim": 128},
+    "fp32-ieee": {"dtype": "fp32", "head_dim": 32},
+    "range": {"query_range": (50, 90)},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", ["general", "general_hilbert_all"])
+def test_feature_compiles(name: str, feature: str) -> None:
+    """A constexpr branch that only one feature enters."""
+    variant = Variant.from_name(name)
+    for op in OPS:
+        resources, estimate = compiled(variant, op, "sm_90", case_problem(variant, **FEATURES[feature]), merge=True)
+        assert resources.shared_bytes <= min(estimate, device.SHARED_BYTES["sm_90"]), op
+
+
+def test_specialised_text_is_smaller_than_the_general_one() -> None:
+    """An even text that still carries the tail's code: it must need no more registers than the ragged one."""
+    even, ragged = (Variant.from_name(name) for name in ("s2048_d2_even", "s2048_d2"))
+    problem = case_problem(even)
+    used = [compiled(variant, "fwd", "sm_90", problem)[0].registers for variant in (even, ragged)]
+    assert None not in used
+    assert used[0] < used[1]
