@@ -167,11 +167,11 @@ def test_head_runs_hold_every_present_head_once(rate: int, groups: int, repeat: 
     heads = groups * repeat
     offsets = data.draw(st.lists(st.integers(-1, rate - 1), min_size=heads, max_size=heads))
     found = {}
-    for offset, q_heads, kv_heads, count in head_runs(offsets, heads, groups):
-        q_list, kv_list = list(range(heads))[q_heads], list(range(groups))[kv_heads] * count
+    for run in head_runs(offsets, heads, groups):
+        q_list, kv_list = list(range(heads))[run.queries], list(range(groups))[run.keys] * run.repeat
         for head, kv_head in zip(q_list, kv_list, strict=True):
             assert head not in found
-            found[head] = (offset, kv_head)
+            found[head] = (run.offset, kv_head)
     assert found == {head: (s, head * groups // heads) for head, s in enumerate(offsets) if s >= 0}
 
 

@@ -1,6 +1,6 @@
 """Dense attention with its lse, and its backward from a given lse: torch's own kernels, or chunked matrix products.
 
-All tensors are (X, rows, heads, D), X being (batch, segment) pairs; lse is (X, rows, heads). Results are float32, or
+All tensors are (X, heads, rows, D), X being (batch, segment) pairs; lse is (X, heads, rows). Results are float32, or
 float64 for float64 inputs. The backward takes `out` and `lse` of the whole softmax, of which this attention may be
 one part: P = exp(S - lse) and delta = rowsum(dout · out) are all that it derives from them.
 """
@@ -26,8 +26,8 @@ class Visibility:
 
     Attributes:
         causal: Key row j ≤ query row i.
-        tokens: Query tokens (X, Lq) and key tokens (X, Lk): key token ≤ query token.
-        keys: (X, Lk) bool, True = may be seen.
+        tokens: Query tokens (X, heads, Lq) and key tokens (X, heads, Lk): key token ≤ query token.
+        keys: (X, heads, Lk) bool, True = may be seen.
     """
 
     causal: bool = False
@@ -92,10 +92,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def _bias(k: Tensor, see: Visibility) -> Tensor:
-    """What is added to the scores of each key, (X, Lk, heads)."""
-    if see.keys is None:
-        return torch.zeros_like(k[..., 0])
-    return torch.where(see.keys, 0.0, FAR).to(k.dtype).unsqueeze(2).expand(k.shape[:3])
+    """What is added to the scores of each key, (X, heads, Lk)."""
+    return torch.zeros_like(k[..., 0]) if see.keys is None else torch.where(see.keys, 0.0, FAR)
 
 
 def _append(x: Tensor, column: Tensor) -> Tensor:
@@ -103,32 +101,29 @@ def _append(x: Tensor, column: Tensor) -> Tensor:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
-    )
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
 
 
 def _kernel_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.transpose(1, 2) for x in (dout, q, k, v, out, lse)), 0.0, causal, scale=scale
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
     )
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq, dk, dv
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, scale: float, see: Visibility) -> tuple[Tensor, Tensor]:
     """`attend` in plain matrix products, some rows of queries at a time."""
     out, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [X, heads, Lk, D]
     for rows in _chunks(q, k):
-        scores = _scores(q, keys, scale, see, rows)
+        scores = _scores(q, k, scale, see, rows)
         peak = scores.amax(dim=3, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(dim=3, keepdim=True)
-        lse[:, rows] = (peak + total.log()).squeeze(3).transpose(1, 2)
-        out[:, rows] = (weights @ values).div_(total.masked_fill_(total == 0, 1.0)).transpose(1, 2)
+        lse[:, :, rows] = (peak + total.log()).squeeze(3)
+        out[:, :, rows] = (weights @ v).div_(total.masked_fill_(total == 0, 1.0))
     return out, lse
 
 
@@ -144,36 +139,35 @@ def _chunked_backward(
     see: Visibility,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` in plain matrix products, some rows of queries at a time."""
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k.transpose(1, 2)), torch.zeros_like(v.transpose(1, 2))
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    shift = (dout * out).sum(dim=3)  # delta - dlse
-    if dlse is not None:
-        shift -= dlse
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in _chunks(q, k):
-        p = _scores(q, keys, scale, see, rows).sub_(lse[:, rows].transpose(1, 2).unsqueeze(3)).exp_()
-        douts = dout[:, rows].transpose(1, 2)
+        p = _scores(q, k, scale, see, rows).sub_(lse[:, :, rows].unsqueeze(3)).exp_()
+        douts = dout[:, :, rows]
+        shift = (douts * out[:, :, rows]).sum(dim=3)  # delta - dlse
+        if dlse is not None:
+            shift -= dlse[:, :, rows]
+        ds = (douts @ v.transpose(2, 3)).sub_(shift.unsqueeze(3)).mul_(p).mul_(scale)
+        dq[:, :, rows] = ds @ k
+        dk += ds.transpose(2, 3) @ q[:, :, rows]
         dv += p.transpose(2, 3) @ douts
-        ds = (douts @ values.transpose(2, 3)).sub_(shift[:, rows].transpose(1, 2).unsqueeze(3)).mul_(p).mul_(scale)
-        dq[:, rows] = (ds @ keys).transpose(1, 2)
-        dk += ds.transpose(2, 3) @ q[:, rows].transpose(1, 2)
-    return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq, dk, dv
 
 
 def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     """Slices of the query rows, so many that no more than `SCORES` scores exist at a time."""
-    size = max(SCORES // max(q.shape[0] * q.shape[2] * k.shape[1], 1), 1)
-    return [slice(first, first + size) for first in range(0, q.shape[1], size)]
+    size = max(SCORES // max(q.shape[0] * q.shape[1] * k.shape[2], 1), 1)
+    return [slice(first, first + size) for first in range(0, q.shape[2], size)]
 
 
-def _scores(q: Tensor, keys: Tensor, scale: float, see: Visibility, rows: slice) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, see: Visibility, rows: slice) -> Tensor:
     """scale·q·k (X, heads, chunk, Lk), -inf where a key is not seen."""
-    scores = (q[:, rows].transpose(1, 2) * scale) @ keys.transpose(2, 3)
+    scores = (q[:, :, rows] * scale) @ k.transpose(2, 3)
     if see.causal:
-        first = torch.arange(q.shape[1], device=q.device)[rows].view(-1, 1)
-        scores.masked_fill_(torch.arange(keys.shape[2], device=q.device) > first, -torch.inf)
+        first = torch.arange(q.shape[2], device=q.device)[rows].unsqueeze(1)
+        scores.masked_fill_(torch.arange(k.shape[2], device=q.device) > first, -torch.inf)
     if see.tokens is not None:
         asking, keeping = see.tokens
-        scores.masked_fill_((keeping.unsqueeze(1) > asking[:, rows].unsqueeze(2)).unsqueeze(1), -torch.inf)
+        scores.masked_fill_(keeping.unsqueeze(2) > asking[:, :, rows].unsqueeze(3), -torch.inf)
     if see.keys is not None:
-        scores.masked_fill_(~see.keys[:, None, None, :], -torch.inf)
+        scores.masked_fill_(~see.keys.unsqueeze(2), -torch.inf)
     return scores

@@ -60,16 +60,17 @@ def forward(
     """
     problem = plan.problem
     q, k, v = _unit_stride(q, k, v)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full(
-        (problem.batch, problem.heads, problem.length), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((problem.batch, problem.heads, problem.length), dtype=upcast(q[:0]).dtype)
+    if all(rate > 1 or -1 in row for (_, rate), row in zip(problem.branches, offsets.rows, strict=True)):
+        # No branch stores every row: these stay where none keeps a step.
+        out.zero_()
+        lse.fill_(-torch.inf)
     by_row = lse.transpose(1, 2)  # [B, N, H]
-    seen = False
-    for branch_calls in _branches(problem, offsets, index, q.device):
+    for place, branch_calls in enumerate(_branches(problem, offsets, index, q.device)):
         for call in branch_calls:
             rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
-            if not seen:
+            if place == 0:
                 call.queries.write(out, rows)
                 call.queries.write(by_row, row_lse)
                 continue
@@ -78,7 +79,6 @@ def forward(
             weight = torch.sigmoid(row_lse - before).nan_to_num_(0.0)
             call.queries.blend(out, rows, weight.unsqueeze(3))
             call.queries.write(by_row, torch.logaddexp(before, row_lse))
-        seen = True
     return out, lse
 
 
@@ -117,16 +117,16 @@ def backward(
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
     for branch_calls in _branches(problem, offsets, index, q.device):
         for call in branch_calls:
-            if not call.keys.count:
+            if not call.has_keys:
                 continue
             if problem.mix_grad == "detached":
                 rows, _ = _attend(call, problem, q, k, v, scale, mask)
             else:
                 rows = call.queries.read(out)
             grads = attend_backward(
-                call.queries.read(q),
-                call.keys.read(k),
-                call.keys.read(v),
+                call.queries.pack(q),
+                call.keys.pack(k),
+                call.keys.pack(v),
                 rows,
                 call.queries.read(by_row),
                 call.queries.read(dout),
@@ -143,12 +143,11 @@ def backward(
 def _attend(
     call: Call, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out (B·C, L, heads, D) and lse (B·C, L, heads) of one call, phantom keys and masked queries included."""
-    queries = call.queries.read(q)
-    if call.keys.count:
-        out, lse = attend(
-            queries, call.keys.read(k), call.keys.read(v), scale, _visibility(call, problem, mask, q.device)
-        )
+    """out (B·C, heads, L, D) and lse (B·C, heads, L) of one call, phantom keys and masked queries included."""
+    queries = call.queries.pack(q)
+    if call.has_keys:
+        see = _visibility(call, problem, mask, q.device)
+        out, lse = attend(queries, call.keys.pack(k), call.keys.pack(v), scale, see)
     else:
         out = torch.zeros_like(upcast(queries))
         lse = torch.full_like(out[..., 0], -torch.inf)
@@ -156,26 +155,33 @@ def _attend(
         total = torch.logaddexp(lse, torch.full_like(lse, math.log(call.phantoms)))
         out, lse = out * torch.exp(lse - total).unsqueeze(3), total
     if mask is not None:
-        masked = ~call.queries.read_per_token(mask).unsqueeze(2)
+        masked = ~call.queries.read(_by_head(mask, problem.heads))
         out, lse = out.masked_fill(masked.unsqueeze(3), 0.0), lse.masked_fill(masked, -torch.inf)
     return out, lse
 
 
 def _visibility(call: Call, problem: Problem, mask: Tensor | None, device: torch.device) -> Visibility:
-    keys = None if mask is None else call.keys.read_per_token(mask)
+    keys = None if mask is None else call.keys.read(_by_head(mask, problem.kv_heads))
     tokens = None
     if call.by_token:
         numbers = torch.arange(problem.length, device=device).expand(problem.batch, -1)
-        tokens = (call.queries.read_per_token(numbers), call.keys.read_per_token(numbers))
+        tokens = (
+            call.queries.read(_by_head(numbers, problem.heads)),
+            call.keys.read(_by_head(numbers, problem.kv_heads)),
+        )
     return Visibility(call.causal, tokens, keys)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, N) -> (B, N, heads), the same for each head."""
+    return x.unsqueeze(2).expand(-1, -1, heads)
 
 
 def _branches(
     problem: Problem, offsets: HeadOffsets, index: Tensor | None, device: torch.device
 ) -> Iterator[Iterator[Call]]:
     """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
-    # Four pairs a thread even out the causal ones.
-    pairs = 4 * torch.get_num_threads() if device.type == "cpu" else GRID_CAP
+    pairs = 2 * torch.get_num_threads() if device.type == "cpu" else GRID_CAP
     tokens = None if index is None else index.long()
 
     def share(branch: int) -> float:

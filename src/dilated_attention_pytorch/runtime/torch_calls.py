@@ -1,25 +1,27 @@
-"""Cut a problem into dense attention calls: which rows of which tensors meet in one call of a torch kernel.
+"""Cut a problem into dense attention calls: which rows of which heads meet in one call of a torch kernel.
 
-w tokens at dilation r are dense attention over ⌈w/r⌉ rows of stride r, so the rows of all heads with the same offset
-are a strided view of (B, N, heads, D): nothing is gathered unless a token order asks for it.
+w tokens at dilation r are dense attention over ⌈w/r⌉ rows of stride r, so the rows that all heads of one offset keep
+are a strided view of (B, N, heads, D); only a token order has to gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from ..config import Problem, cdiv
 
 WORKSPACE = 1 << 19
-"""Elements of one operand that a call may always hold; more only where the device would run out of parallel work."""
+"""Elements of one operand that a call may hold; more only where the device would run out of parallel work."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of some heads, the same number L from each of several equally long segments.
+    """Rows of heads with one offset, the same number L from each of several equally long segments.
 
     Attributes:
         batch: Batch elements.
@@ -30,7 +32,7 @@ class Rows:
         first: First row within a segment.
         step: Distance of two rows.
         repeat: How often a single head is presented (grouped key/value heads), else 1.
-        tokens: (C, L) tokens to read instead of the strided rows, where the order is not the tokens' own.
+        tokens: (C, L) tokens to read instead of the strided rows, where there is a token order.
     """
 
     batch: slice
@@ -48,30 +50,41 @@ class Rows:
         """L, rows a segment."""
         return len(range(self.first, self.length, self.step))
 
+    @property
+    def width(self) -> int:
+        """Heads that `read` gives."""
+        return len(range(self.heads.start, self.heads.stop, self.heads.step)) * self.repeat
+
     def read(self, x: Tensor) -> Tensor:
-        """(B, N, heads, …) -> (B·C, L, heads, …): a view wherever strides can say it, else a copy."""
+        """(B, N, heads, …) -> (B·C, heads, L, …): a view wherever strides can say it."""
         if self.tokens is None:
             rows = self._view(x).flatten(0, 1)
         else:
             rows = x[self.batch, :, self.heads].index_select(1, self.tokens.flatten())
             rows = rows.view(-1, self.count, *rows.shape[2:])
-        return rows.expand(-1, -1, self.repeat, *rows.shape[3:]) if self.repeat > 1 else rows
+        if self.repeat > 1:
+            rows = rows.expand(-1, -1, self.repeat, *rows.shape[3:])
+        return rows.transpose(1, 2)
 
     def write(self, x: Tensor, rows: Tensor) -> None:
         """Store what `read` would give."""
+        rows = rows.transpose(1, 2)
         if self.tokens is None:
-            self._view(x).copy_(self._by_segment(rows))
+            self._view(x).copy_(rows.reshape(-1, self.segments, *rows.shape[1:]))
         else:
-            x[self.batch, :, self.heads].index_copy_(1, self.tokens.flatten(), self._flat(rows).to(x.dtype))
+            rows = rows.reshape(-1, self.segments * self.count, *rows.shape[2:])
+            x[self.batch, :, self.heads].index_copy_(1, self.tokens.flatten(), rows.to(x.dtype))
 
     def add(self, x: Tensor, rows: Tensor) -> None:
         """Add to what `read` gives; repeats of one head are summed first."""
         if self.repeat > 1:
-            rows = rows.sum(dim=2, keepdim=True)
+            rows = rows.sum(dim=1, keepdim=True)
+        rows = rows.transpose(1, 2)
         if self.tokens is None:
-            self._view(x).add_(self._by_segment(rows))
+            self._view(x).add_(rows.reshape(-1, self.segments, *rows.shape[1:]))
         else:
-            x[self.batch, :, self.heads].index_add_(1, self.tokens.flatten(), self._flat(rows).to(x.dtype))
+            rows = rows.reshape(-1, self.segments * self.count, *rows.shape[2:])
+            x[self.batch, :, self.heads].index_add_(1, self.tokens.flatten(), rows.to(x.dtype))
 
     def blend(self, x: Tensor, rows: Tensor, weight: Tensor) -> None:
         """x <- x + weight · (rows - x) in the precision of `rows`, rounded once."""
@@ -81,25 +94,53 @@ class Rows:
         else:
             self.write(x, present.to(rows.dtype).lerp(rows, weight))
 
-    def read_per_token(self, x: Tensor) -> Tensor:
-        """(B, N) -> (B·C, L), what does not depend on the head."""
-        return replace(self, heads=slice(None), repeat=1).read(x.unsqueeze(2)).squeeze(2)
-
     def _view(self, x: Tensor) -> Tensor:
         segments = x[self.batch, self.start : self.start + self.segments * self.length, self.heads]
         segments = segments.view(segments.shape[0], self.segments, self.length, *segments.shape[2:])
         return segments[:, :, self.first :: self.step]
 
-    def _by_segment(self, rows: Tensor) -> Tensor:
-        return rows.reshape(-1, self.segments, *rows.shape[1:])
 
-    def _flat(self, rows: Tensor) -> Tensor:
-        return rows.reshape(-1, self.segments * self.count, *rows.shape[2:])
+@dataclass(frozen=True)
+class Bundle:
+    """Rows of several runs of heads, as many of each, side by side as heads of one tensor."""
+
+    parts: tuple[Rows, ...]
+
+    def read(self, x: Tensor) -> Tensor:
+        """(B, N, heads, …) -> (B·C, heads, L, …): a view of a single part, else packed."""
+        rows = [part.read(x) for part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`read`, in memory of its own.
+
+        Rows at a distance of half a page and more compete for few sets of a cache: torch's CPU kernels lose up to
+        14 % on them, forward and backward. The copy costs 1 % and is as small as a call.
+        """
+        return self.read(x).contiguous()
+
+    def write(self, x: Tensor, rows: Tensor) -> None:
+        """Store what `read` would give."""
+        for part, own in self._split(rows):
+            part.write(x, own)
+
+    def add(self, x: Tensor, rows: Tensor) -> None:
+        """Add to what `read` gives."""
+        for part, own in self._split(rows):
+            part.add(x, own)
+
+    def blend(self, x: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """x <- x + weight · (rows - x)."""
+        for (part, own), (_, own_weight) in zip(self._split(rows), self._split(weight), strict=True):
+            part.blend(x, own, own_weight)
+
+    def _split(self, rows: Tensor) -> list[tuple[Rows, Tensor]]:
+        return list(zip(self.parts, torch.split(rows, [part.width for part in self.parts], dim=1), strict=True))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One dense attention: (segment, head) pairs that share an offset.
+    """One dense attention of (segment, head) pairs that keep equally many rows.
 
     Attributes:
         queries: Rows of q, out and lse.
@@ -109,11 +150,16 @@ class Call:
         phantoms: Keys of score 0 and value 0 that every query sees.
     """
 
-    queries: Rows
-    keys: Rows
+    queries: Bundle
+    keys: Bundle
     causal: bool
     by_token: bool
     phantoms: int
+
+    @property
+    def has_keys(self) -> bool:
+        """Not all keys are phantoms."""
+        return self.keys.parts[0].count > 0
 
 
 def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor | None, pairs: int) -> Iterator[Call]:
@@ -126,81 +172,136 @@ def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor |
         index: Tokens by step, or None.
         pairs: (batch, segment, head) pairs below which the device would idle.
     """
-    width, rate = problem.segment(branch), problem.branches[branch][1]
-    whole, tail = divmod(problem.length, width)
-    for start, segments, length in ((0, whole, width), (whole * width, 1, tail)):
-        if not segments or not length:
+    length, rate = problem.segment(branch), problem.branches[branch][1]
+    whole, tail = divmod(problem.length, length)
+    runs = list(head_runs(offsets, problem.heads, problem.kv_heads))
+    for start, segments, steps in ((0, whole, length), (whole * length, 1, tail)):
+        if not segments or not steps:
             continue
-        for offset, q_heads, kv_heads, repeat in head_runs(offsets, problem.heads, problem.kv_heads):
-            heads = len(range(*q_heads.indices(problem.heads)))
-            size = heads * cdiv(length, rate) * problem.head_dim
-            together = max(cdiv(pairs, heads), WORKSPACE // size, 1)
-            mergeable = segments == 1 or segments * width == problem.length
+        row_size = (steps if problem.queries == "all" else cdiv(steps, rate)) * problem.head_dim
+        # Batch elements and segments are one dimension of a view where the segments fill the sequence.
+        mergeable = segments == 1 or segments * steps == problem.length
+        for bundle in _bundles(runs, rate, steps, segments, row_size, pairs):
+            heads = sum(run.heads for run in bundle)
+            together = max(cdiv(pairs, heads), WORKSPACE // (heads * row_size), 1)
             samples = max(together // segments, 1) if mergeable else 1
             for sample in range(0, problem.batch, samples):
                 for first in range(0, segments, together):
-                    queries = Rows(
-                        slice(sample, sample + samples),
-                        q_heads,
-                        start + first * length,
-                        min(together, segments - first),
-                        length,
-                        offset,
-                        rate,
+                    piece = Rows(
+                        batch=slice(sample, sample + samples),
+                        heads=slice(0, 0, 1),
+                        start=start + first * steps,
+                        segments=min(together, segments - first),
+                        length=steps,
+                        first=0,
+                        step=rate,
                     )
-                    yield from _calls_of(problem, queries, kv_heads, repeat, cdiv(width, rate), index)
+                    yield from _calls_of(problem, piece, bundle, cdiv(length, rate), index)
 
 
-def _calls_of(
-    problem: Problem, kept: Rows, kv_heads: slice, repeat: int, padded: int, index: Tensor | None
-) -> Iterator[Call]:
-    """The calls of the queries that meet the kept rows of some segments."""
-    everything = problem.queries == "all"
-    causal, by_token = problem.causal, False
-    tokens = all_tokens = None
-    if index is not None:
-        stop = kept.start + kept.segments * kept.length
-        all_tokens = index[kept.start : stop].view(kept.segments, kept.length)
-        tokens = all_tokens[:, kept.first :: kept.step]
-        by_token = causal and everything
-        causal = causal and not everything
-        if causal:
-            # Attention does not depend on the order of its keys: sorted by token, causal is a triangle again.
-            tokens = tokens.sort(dim=1).values
-    keys = replace(kept, heads=kv_heads, repeat=repeat, tokens=tokens)
-    phantoms = padded - keys.count if problem.padding == "zeros" and not problem.causal else 0
+@dataclass(frozen=True)
+class HeadRun:
+    """Heads of one offset that are slices of both the query and the key/value heads.
 
-    if not everything:
-        asking = [replace(kept, tokens=tokens)]
-    elif causal:
-        # Queries of one residue class modulo r see a triangle of the kept rows; those before the first kept row see
-        # one row less, which is the triangle of the same class without its first query.
-        firsts = (residue if residue >= kept.first else residue + kept.step for residue in range(kept.step))
-        asking = [replace(kept, first=first) for first in firsts if first < kept.length]
-    else:
-        asking = [replace(kept, first=0, step=1, tokens=all_tokens)]
-    for queries in asking:
-        if queries.count and (keys.count or phantoms):
-            yield Call(queries, keys, causal, by_token, phantoms)
-
-
-def head_runs(offsets: Sequence[int], heads: int, kv_heads: int) -> Iterator[tuple[int, slice, slice, int]]:
-    """Runs of heads of one offset that are slices of both the query and the key/value heads.
-
-    Yields:
-        offset, slice of the query heads, slice of the key/value heads, and how often the latter's single head repeats.
+    Attributes:
+        offset: s_h.
+        queries: Slice of the query heads.
+        keys: Slice of the key/value heads.
+        repeat: How often the single key/value head is presented; 1 where there are as many as query heads.
     """
+
+    offset: int
+    queries: slice
+    keys: slice
+    repeat: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the run."""
+        return len(range(self.queries.start, self.queries.stop, self.queries.step))
+
+    def cut(self, most: int) -> Iterator[HeadRun]:
+        """The run in pieces of at most so many heads."""
+        for first in range(0, self.heads, most):
+            count = min(most, self.heads - first)
+            keys, repeat = (self.keys, count) if self.repeat > 1 else (_part(self.keys, first, count), 1)
+            yield HeadRun(self.offset, _part(self.queries, first, count), keys, repeat)
+
+
+def head_runs(offsets: Sequence[int], heads: int, kv_heads: int) -> Iterator[HeadRun]:
+    """Every present head in one run, by offset."""
     for offset in sorted(set(offsets) - {-1}):
         pairs = [(head, head * kv_heads // heads) for head in range(heads) if offsets[head] == offset]
         while pairs:
-            strides = (pairs[1][0] - pairs[0][0], pairs[1][1] - pairs[0][1]) if len(pairs) > 1 else (1, 1)
-            count = 1
-            while count < len(pairs) and pairs[count] == (
-                pairs[0][0] + count * strides[0],
-                pairs[0][1] + count * strides[1],
-            ):
+            (head, kv_head), count = pairs[0], 1
+            step, kv_step = (pairs[1][0] - head, pairs[1][1] - kv_head) if len(pairs) > 1 else (1, 1)
+            while count < len(pairs) and pairs[count] == (head + count * step, kv_head + count * kv_step):
                 count += 1
-            q_heads = slice(pairs[0][0], pairs[count - 1][0] + 1, strides[0])
-            kv = slice(pairs[0][1], pairs[count - 1][1] + 1, max(strides[1], 1))
-            yield offset, q_heads, kv, count if strides[1] == 0 else 1
+            last, kv_last = pairs[count - 1]
+            yield HeadRun(
+                offset,
+                slice(head, last + 1, step),
+                slice(kv_head, kv_last + 1, max(kv_step, 1)),
+                repeat=1 if kv_step else count,
+            )
             del pairs[:count]
+
+
+def _part(heads: slice, first: int, count: int) -> slice:
+    start = heads.start + first * heads.step
+    return slice(start, start + (count - 1) * heads.step + 1, heads.step)
+
+
+def _bundles(
+    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, pairs: int
+) -> Iterator[list[HeadRun]]:
+    """Runs that keep equally many rows of a segment: as much as the workspace holds and as the device needs."""
+    most = max(WORKSPACE // row_size, cdiv(pairs, segments), 1)
+    pieces = (piece for run in runs for piece in run.cut(most))
+    for _, alike in groupby(pieces, key=lambda run: len(range(run.offset, steps, rate))):
+        bundle: list[HeadRun] = []
+        for run in alike:
+            heads = sum(run.heads for run in bundle)
+            if bundle and heads * segments >= pairs and (heads + run.heads) * segments * row_size > WORKSPACE:
+                yield bundle
+                bundle = []
+            bundle.append(run)
+        yield bundle
+
+
+def _calls_of(
+    problem: Problem, piece: Rows, bundle: list[HeadRun], padded: int, index: Tensor | None
+) -> Iterator[Call]:
+    """The calls of all queries that meet the kept rows of a piece: its segments, for the heads of a bundle."""
+    by_token = problem.causal and problem.queries == "all" and index is not None
+    causal = problem.causal and not by_token
+    stop = piece.start + piece.segments * piece.length
+    tokens = None if index is None else index[piece.start : stop].view(piece.segments, piece.length)
+
+    def kept_tokens(offset: int) -> Tensor | None:
+        if tokens is None:
+            return None
+        # Attention does not depend on the order of its rows: sorted by token, causal is a triangle again.
+        kept = tokens[:, offset :: piece.step]
+        return kept.sort(dim=1).values if causal else kept
+
+    keys = [
+        replace(piece, heads=run.keys, first=run.offset, repeat=run.repeat, tokens=kept_tokens(run.offset))
+        for run in bundle
+    ]
+    phantoms = padded - keys[0].count if problem.padding == "zeros" and not problem.causal else 0
+    if problem.queries == "all" and causal:
+        # The queries at distances j, j + r, … behind the first kept row see a triangle of the kept rows; those before
+        # it see nothing.
+        for run, key in zip(bundle, keys, strict=True):
+            for distance in range(min(piece.step, piece.length - run.offset)):
+                rows = replace(piece, heads=run.queries, first=run.offset + distance)
+                yield Call(Bundle((rows,)), Bundle((key,)), causal, by_token, phantoms)
+        return
+
+    if problem.queries == "all":
+        asking = [replace(piece, heads=run.queries, step=1, tokens=tokens) for run in bundle]
+    else:
+        asking = [replace(key, heads=run.queries, repeat=1) for run, key in zip(bundle, keys, strict=True)]
+    if asking[0].count and (keys[0].count or phantoms):
+        yield Call(Bundle(tuple(asking)), Bundle(tuple(keys)), causal, by_token, phantoms)

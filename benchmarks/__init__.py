@@ -1,0 +1,1 @@
+"""Timings beside the alternatives; results with their environment in `results/`."""
