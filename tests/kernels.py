@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,11 @@ from torch import Tensor
 
 import dilated_attention_pytorch as dap
 from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_two
+from dilated_attention_pytorch.device import current
 from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.options import Options
+from dilated_attention_pytorch.runtime.plan import plan
 from dilated_attention_pytorch.variant import Variant
 
 from .cases import Case, Inputs, arguments
@@ -119,3 +124,39 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     around = LaunchConfig(32, tile, num_warps=4, num_stages=1)
     held = LaunchConfig(max(next_power_of_two(asking), 16), tile, num_warps=8, num_stages=1)
     return {"fwd": around, "dkdv": held, "dq": around}
+
+
+def run_ranges(case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchConfig) -> Results:
+    """Forward and backward in launches that each take the query steps between two cuts, all keys being there.
+
+    Without an order a launch is given its own rows of q alone, as a rank of a sharded sequence has them.
+    """
+    index = None if inputs.order is None else inputs.order.int()
+    offsets = HeadOffsets(case.offsets)
+    parts: list[tuple[Tensor, Results]] = []
+    for first, last in pairwise(cuts):
+        problem = replace(case.problem, query_range=(first, last))
+        chosen = plan(problem, current(inputs.q.device), "triton", Options((*((op, config) for op in OPS),)))
+        rows = slice(first, last) if index is None else slice(None)
+        q, dout, dlse = inputs.q[:, rows], inputs.dout[:, rows], inputs.dlse[:, :, rows].contiguous()
+        rest = {"scale": case.D**-0.5, "index": index, "mask": inputs.mask, "offsets": offsets}
+        with poisoned_outputs():
+            out, lse = launch.forward(chosen, q, inputs.k, inputs.v, **rest)
+            owned = torch.arange(case.N)[rows] if index is None else index[first:last].cpu().long()
+            if index is not None:
+                # Rows of other ranges are not this launch's: what they hold must not matter.
+                others = torch.ones(case.N, dtype=torch.bool).index_fill(0, owned, False)
+                out[:, others], lse[:, :, others] = 0.0, -torch.inf
+            dq, dk, dv = launch.backward(chosen, q, inputs.k, inputs.v, out, lse, dout, dlse, **rest)
+        place = torch.arange(len(owned)) if index is None else owned
+        parts.append((owned, Results(out[:, place], lse[:, :, place], dq[:, place], dk, dv)))
+    whole = Results(
+        torch.empty_like(inputs.q),
+        torch.empty_like(inputs.dlse, dtype=torch.float32),
+        torch.empty_like(inputs.q),
+        sum(part.dk for _, part in parts),
+        sum(part.dv for _, part in parts),
+    )
+    for owned, part in parts:
+        whole.out[:, owned], whole.dq[:, owned], whole.lse[:, :, owned] = part.out, part.dq, part.lse
+    return whole

@@ -12,7 +12,7 @@ from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.variant import Variant
 
 from ..cases import CASES, Case, cases, make_inputs, oracle
-from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, variants_run
+from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, run_ranges, variants_run
 from ..tolerances import check_results
 
 pytestmark = [
@@ -37,6 +37,14 @@ PATTERNS = (
     "general_snake",
 )
 """One of each kind of text that the case table does not come to."""
+
+
+RANGES = (
+    Case(N=61, branches=((16, 3),), G=2, H=2),
+    Case(N=61, branches=((20, 4), (99, 2)), H=2, causal=True),
+    Case(N=61, branches=((20, 4),), H=2, queries="all", causal=True, order="random", mask=True),
+)
+"""Calls that are also made in parts."""
 
 
 def check(case: Case, config: object) -> None:
@@ -86,3 +94,12 @@ def test_strides_that_are_no_multiple_of_eight() -> None:
     wide = torch.zeros(1, 37, 2, 19)
     q = wide[..., 1:17].copy_(inputs.q)
     check_results(run_kernels(case, inputs._replace(q=q), TILES[1]), oracle(case, inputs), "fp32", dout=inputs.dout)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("case", RANGES, ids=lambda case: case.id)
+def test_launches_take_a_range_of_queries(case: Case) -> None:
+    """A range that begins or ends inside a segment or a tile; keys that no query of a range asks."""
+    inputs = make_inputs(case)
+    actual = run_ranges(case, inputs, (0, 1, 23, 40, case.N), TILES[0])
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)

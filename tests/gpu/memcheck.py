@@ -1,0 +1,44 @@
+"""A small case of each kind of text, forward and backward, with every tensor in an allocation of its own.
+
+Run under compute-sanitizer by test_kernels.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import dilated_attention_pytorch as dap
+from dilated_attention_pytorch.variant import Variant
+from tests.cases import arguments, make_inputs
+from tests.kernels import pattern_case, pattern_config, variants_run
+
+KINDS = (
+    "general",
+    "general_snake_all",
+    "general_hilbert",
+    "full_d4_even",
+    "s128_d2_snake_all_one",
+    "s128_d1_all_one_even",
+    "s1024_d1",
+)
+
+if __name__ == "__main__":
+    for name in KINDS:
+        variant = Variant.from_name(name)
+        case, config = pattern_case(variant, D=24, dtype="bf16", causal=True), pattern_config(variant)
+        inputs = make_inputs(case, "cuda")
+        assert name in variants_run(case, inputs, config)
+        leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
+        given = arguments(case, inputs) | ({"order": "snake"} if case.order == "snake" else {})
+        with dap.options(config=config):
+            out = dap.dilated_attention(*leaves, **given, backend="triton")
+            torch.autograd.grad(out, leaves, inputs.dout)
+        torch.cuda.synchronize()
+    print(f"ran {len(KINDS)} kinds")

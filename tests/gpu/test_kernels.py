@@ -1,0 +1,175 @@
+"""Every generated kernel on this machine's GPU, against the float64 oracle on the same rounded inputs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dilated_attention_pytorch as dap
+from codegen.matrix import VARIANTS
+from dilated_attention_pytorch import reference
+from dilated_attention_pytorch.config import LaunchConfig
+from dilated_attention_pytorch.variant import Variant
+
+from ..cases import CASES, Case, make_inputs, oracle
+from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, run_ranges, variants_run
+from ..tolerances import Results, check_results
+
+pytestmark = pytest.mark.gpu
+
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
+HEAD_DIMS = (64, 128, 24, 96, 16, 48, 80, 8, 40, 256)
+"""Classes of head dims: powers of two, padded ones, the least and the greatest."""
+ONE_TILE_HEAD_DIMS = (64, 48, 24, 16)
+"""A tile that holds a segment leaves less room."""
+
+
+@pytest.fixture
+def record(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Checks results, and notes the errors for the report."""
+
+    def note(actual: Results, wanted: Results, precision: str, **more: Any) -> None:
+        for name in ("out", "dq", "dk", "dv"):
+            error = (getattr(actual, name).double() - getattr(wanted, name)).norm()
+            record_property(name, f"{(error / getattr(wanted, name).norm().clamp_min(1e-300)).item():.1e}")
+        check_results(actual, wanted, precision, **more)
+
+    return note
+
+
+def _run(case: Case, precision: str, record: Callable[..., None], config: Any = None, *, dense: bool = False) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        inputs = make_inputs(case, "cuda")
+        actual = run_kernels(case, inputs, config)
+        rough = dense_formula(case, inputs) if dense else None
+        record(actual, oracle(case, inputs), precision, dout=inputs.dout, dense=rough)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _dtype(precision: str) -> str:
+    return "fp32" if precision == "tf32" else precision
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", [variant.name for variant in VARIANTS])
+def test_variant(name: str, precision: str, record: Callable[..., None]) -> None:
+    """A text that is wrong in one dtype or width, writes beside its outputs or leaves some unwritten."""
+    variant = Variant.from_name(name)
+    number = list(VARIANTS).index(variant) + 3 * PRECISIONS.index(precision)
+    widths = ONE_TILE_HEAD_DIMS if variant.one_tile else HEAD_DIMS
+    case = pattern_case(
+        variant,
+        heads=4,
+        D=widths[number % len(widths)],
+        dtype=_dtype(precision),
+        causal=number % 3 == 0,
+        mask=number % 3 == 1,
+    )
+    config = pattern_config(variant) if variant.one_tile else None
+    assert name in variants_run(case, make_inputs(case, "cuda"), config)
+    _run(case, precision, record, config)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dim(head_dim: int, precision: str, record: Callable[..., None]) -> None:
+    """A width that is wrong in one dtype: tiles, padding columns or shared memory differ."""
+    _run(Case(N=333, branches=((100, 3),), B=2, H=4, G=2, D=head_dim, dtype=_dtype(precision)), precision, record)
+
+
+@pytest.mark.parametrize("case", [as_dtype(case, fp64="fp32") for case in CASES], ids=lambda case: case.id)
+def test_case_table(case: Case, record: Callable[..., None]) -> None:
+    """Wrong rows, masks, offsets, merges or tails."""
+    _run(case, case.dtype, record, dense=True)
+
+
+@pytest.mark.parametrize("order", ["none", "random"])
+def test_ranges_of_queries(order: str, record: Callable[..., None]) -> None:
+    """A range that begins or ends inside a segment or a tile."""
+    case = Case(N=333, branches=((100, 3), (999, 5)), H=4, G=2, D=64, causal=True, order=order, dtype="fp16")
+    inputs = make_inputs(case, "cuda")
+    actual = run_ranges(case, inputs, (0, 1, 150, 207, 333), LaunchConfig(32, 32, num_warps=4, num_stages=2))
+    record(actual, oracle(case, inputs), "fp16", dout=inputs.dout)
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    """A race: no kernel here adds up in an order that may change."""
+    case = Case(N=2048, branches=((512, 2), (1024, 4)), H=8, G=4, D=64, dtype="bf16")
+    inputs = make_inputs(case, "cuda")
+    first = run_kernels(case, inputs)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(run_kernels(case, inputs), first, strict=True))
+
+
+def test_captured_in_a_cuda_graph() -> None:
+    """A launch that synchronises, or memory that a replay does not find again."""
+    case = Case(N=300, branches=((128, 2),), H=4, D=64, order="hilbert", dtype="bf16")
+    inputs = make_inputs(case, "cuda")
+    q, k, v = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = dap.dilated_attention(q, k, v, 128, 2, order="hilbert", backend="triton")
+        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            wanted = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.parametrize("order", [None, "snake"])
+def test_more_than_2_to_the_31_elements(order: str | None, record: Callable[..., None]) -> None:
+    """An offset of 32 bits: the last segment of tensors above 2^31 elements is right, forward and backward."""
+    tokens, heads, width, segment = 2**20 + 2048, 32, 64, 1024
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, tokens, heads, width)
+    assert torch.Size(shape).numel() > 2**31
+    q, k, v, dout = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    arrange = dap.TokenOrder("snake", (tokens // 256, 256)) if order else None
+    # Every odd row of 256 runs backwards, and a segment is four rows.
+    given: dict[str, Any] = {"order": arrange, "return_lse": True, "backend": "triton"}
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out, lse = dap.dilated_attention(*leaves, segment, 16, **given)
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    last = slice(tokens - segment, tokens)
+    steps = None if arrange is None else dap.TokenOrder("snake", (segment // 256, 256)).indices(segment).cuda()
+    small = [tensor[:, last].detach().double().requires_grad_() for tensor in (q, k, v)]
+    wanted, wanted_lse = reference.dilated_attention(*small, [segment], [16], order=steps)
+    grads = torch.autograd.grad((wanted * dout[:, last].double()).sum(), small)
+    actual = Results(out[:, last], lse[:, :, last], dq[:, last], dk[:, last], dv[:, last])
+    record(actual, Results(wanted.detach(), wanted_lse.detach(), *grads), "bf16", dout=dout[:, last])
+
+
+def test_memcheck_is_clean() -> None:
+    """An access outside an allocation that no result shows: compute-sanitizer on a small case of each kind of text."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        pytest.fail("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
+    script = Path(__file__).with_name("memcheck.py")
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ran 7 kinds" in done.stdout
+    assert "ERROR SUMMARY: 0 errors" in done.stdout
