@@ -14,7 +14,7 @@ from .variant import ORDERS, QUERIES
 OPS = ("fwd", "dkdv", "dq")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 HEAD_OFFSETS = ("cyclic", "blocked", "zero", "table")
-FLAGS = ("deterministic", "dropout", "full", "mask", "tf32", "zeros")
+FLAGS = ("dropout", "full", "mask", "tf32", "zeros")
 GRID_CAP = 512
 """Above this many (segment, batch, head) pairs every GPU we know is full: they share one bucket."""
 
@@ -208,7 +208,6 @@ class ProblemKey:
     def of(cls, problem: Problem, op: str, branch: int) -> ProblemKey:
         """The key of one branch's launch of `op` in a problem."""
         flags = {
-            "deterministic": problem.deterministic,
             "dropout": problem.dropout,
             "full": problem.is_full(branch),
             "mask": problem.mask,

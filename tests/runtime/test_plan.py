@@ -154,6 +154,12 @@ def test_a_branch_without_a_use_for_its_order_is_looked_up_unordered(tmp_path: P
     assert (fwd(found).rung, fwd(found).variant.name, found.branches[0].order) == ("exact", "full_d1", "none")
 
 
+def test_determinism_asks_for_the_same_measurement(tmp_path: Path) -> None:
+    """No kernel has atomics: whoever excludes them would run untuned for nothing."""
+    committed = database_at(tmp_path, {"h100": [entry()]})
+    assert fwd(planned(committed, replace(PROBLEM, deterministic=True))).rung == "exact"
+
+
 def test_branches_are_launched_by_dilation(nothing: Database) -> None:
     """The first launch writes zeros wherever its branch keeps no step: r = 16 first would write 15 of 16 twice."""
     asked = replace(PROBLEM, branches=((8192, 16), (512, 1), (2048, 4)))
@@ -235,7 +241,6 @@ def test_every_workload_runs_on_every_gpu_that_knows_its_dtype(nothing: Database
         ({"head_dim": 20}, H100, TOOLCHAIN, "a multiple of 8 from 8 to 256, got 20"),
         ({"head_dim": 264}, H100, TOOLCHAIN, "got 264"),
         ({"positive_scale": False}, H100, TOOLCHAIN, "scale must be positive"),
-        ({"dropout": True}, H100, TOOLCHAIN, "dropout"),
         ({"mix_grad": "detached"}, H100, TOOLCHAIN, "detached"),
     ],
 )
@@ -250,6 +255,17 @@ def test_a_refusal_is_a_sentence(
     assert complaint in found.explain()
     with pytest.raises(UnsupportedError, match="the triton backend refuses: "):
         plan(asked, on, "triton", toolchain=toolchain, committed=nothing)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": True}, {"query_range": (3, 9)}])
+def test_what_no_backend_takes_is_refused_with_every_reason(nothing: Database, changes: dict[str, object]) -> None:
+    """The last rung would compute something else than was asked for."""
+    asked = replace(PROBLEM, dtype="fp64", **changes)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"no backend takes this; triton: .*float64.*; torch: it (drops|comp)"):
+        plan(asked, None, toolchain=TOOLCHAIN, committed=nothing)
+    for backend in ("torch", "reference"):
+        with pytest.raises(UnsupportedError, match=f"the {backend} backend refuses: it "):
+            plan(asked, H100, backend, toolchain=TOOLCHAIN, committed=nothing)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_121", "gfx90a", "gfx942", "gfx950"])

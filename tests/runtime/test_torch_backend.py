@@ -173,11 +173,3 @@ def test_head_runs_hold_every_present_head_once(rate: int, groups: int, repeat: 
             assert head not in found
             found[head] = (run.offset, kv_head)
     assert found == {head: (s, head * groups // heads) for head, s in enumerate(offsets) if s >= 0}
-
-
-def test_refusals_say_why() -> None:
-    """Catches a call that silently ignores what was asked for."""
-    problem = RAGGED.problem
-    assert torch_backend.refusal(problem) is None
-    for options, word in (({"dropout": True}, "dropout"), ({"query_range": (3, 9)}, "(3, 9)")):
-        assert word in (torch_backend.refusal(dataclasses.replace(problem, **options)) or "")

@@ -14,7 +14,7 @@ from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
-from .refusals import refusals
+from .refusals import refusals, torch_refusals
 from .variants import acting_order, query_rows, variant_for
 
 BACKENDS = ("triton", "torch", "reference")
@@ -95,6 +95,9 @@ class Plan:
 
         return tell(self, backward=backward)
 
+    def __str__(self) -> str:
+        return self.explain()
+
 
 def plan(
     problem: Problem,
@@ -120,7 +123,7 @@ def plan(
         texts: Names of the generated modules; None asks the folder.
 
     Raises:
-        UnsupportedError: `backend` is "triton" and refuses; the message has every reason.
+        UnsupportedError: `backend` refuses, or every backend does; the message has every reason.
         ConfigError: `options.config` does not fit the device.
         DatabaseMiss: `options.on_miss` is "error", and a launch was never measured for this problem.
         DatabaseError: A file of the tuning database is broken.
@@ -157,6 +160,8 @@ def _plan(
     texts: frozenset[str],
 ) -> Plan:
     if backend in ("torch", "reference"):
+        if reasons := torch_refusals(problem):
+            raise UnsupportedError(f"the {backend} backend refuses: {'; '.join(reasons)}")
         return Plan(problem, device, backend, branches=(), refusals=(), rung=backend)
     if device is None and toolchain.interpret:
         device = INTERPRETER
@@ -174,7 +179,9 @@ def _plan(
             rung = max((choice.rung for b in branches for choice in (b.fwd, b.dkdv, b.dq)), key=list(LADDER).index)
             return Plan(problem, device, "triton", branches, refusals=(), rung=rung)
     if backend == "triton":
-        raise UnsupportedError("the triton backend refuses: " + "; ".join(reasons))
+        raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
+    if last := torch_refusals(problem):
+        raise UnsupportedError(f"no backend takes this; triton: {'; '.join(reasons)}; torch: {'; '.join(last)}")
     return Plan(problem, device, "torch", (), tuple(("triton", reason) for reason in reasons), rung="torch")
 
 

@@ -1,4 +1,4 @@
-"""Why the Triton kernels do not take a problem, in sentences. A reason that is lifted is one line less here."""
+"""Why a backend does not take a problem, in sentences. A reason that is lifted is one line less here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def refusals(problem: Problem, device: Device | None, toolchain: Toolchain) -> t
         toolchain: What would compile the kernels.
     """
     return (*_of_machine(device, toolchain), *_of_problem(problem, device))
+
+
+def torch_refusals(problem: Problem) -> tuple[str, ...]:
+    """Every reason why the torch backend, and the reference with it, refuses a problem; empty where they take it."""
+    reasons = []
+    if problem.dropout:
+        reasons.append("it drops no attention probabilities; set dropout_p=0")
+    if problem.query_range is not None:
+        reasons.append(f"it computes all queries of a sequence, not the range {problem.query_range}")
+    return tuple(reasons)
 
 
 def _of_machine(device: Device | None, toolchain: Toolchain) -> Iterator[str]:
@@ -41,7 +51,7 @@ def _of_problem(problem: Problem, device: Device | None) -> Iterator[str]:
     if problem.dropout:
         yield "dropout has no kernel yet"
     if problem.mix_grad == "detached":
-        yield 'mix_grad="detached" has no kernel yet'
+        yield 'mix_grad="detached" has no kernel yet; backend="torch" has it'
 
 
 def _compiles_for(arch: str) -> bool:

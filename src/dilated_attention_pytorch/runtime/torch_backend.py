@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why this backend cannot do a problem, or None."""
-    if problem.dropout:
-        return "the torch backend has no attention dropout; set dropout_p to 0 or use backend='triton'"
-    if problem.query_range is not None:
-        return f"the torch backend computes all queries of a sequence, not the range {problem.query_range}"
-    return None
-
-
 @torch.no_grad()
 def forward(
     plan: Plan,
