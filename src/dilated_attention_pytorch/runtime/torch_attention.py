@@ -91,6 +91,11 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where their last dimension is not contiguous."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def _bias(k: Tensor, see: Visibility) -> Tensor:
     """What is added to the scores of each key, (X, heads, Lk)."""
     return torch.zeros_like(k[..., 0]) if see.keys is None else torch.where(see.keys, 0.0, FAR)
@@ -101,6 +106,8 @@ def _append(x: Tensor, column: Tensor) -> Tensor:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    # Torch's pad and cat may put a column beside rows of a single element in another layout; its kernels do not look.
+    q, k, v = unit_stride(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out, lse
 
@@ -108,6 +115,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
 def _kernel_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, dout = unit_stride(q, k, v, out, dout)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, scale=scale
     )

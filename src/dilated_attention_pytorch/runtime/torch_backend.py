@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import GRID_CAP, Problem
-from .torch_attention import Visibility, attend, attend_backward, upcast
+from .torch_attention import Visibility, attend, attend_backward, unit_stride, upcast
 from .torch_calls import Call, calls
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def forward(
         out (B, N, H, D) in q's dtype and lse (B, H, N) in float32, or float64 for float64 inputs.
     """
     problem = plan.problem
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((problem.batch, problem.heads, problem.length), dtype=upcast(q[:0]).dtype)
     if all(rate > 1 or -1 in row for (_, rate), row in zip(problem.branches, offsets.rows, strict=True)):
@@ -101,7 +101,7 @@ def backward(
         dq, dk and dv, shaped and typed like q, k and v.
     """
     problem = plan.problem
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
@@ -180,7 +180,3 @@ def _branches(
 
     for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
         yield calls(problem, branch, offsets.rows[branch], tokens, pairs)
-
-
-def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
