@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import reference
-from ..errors import UnsupportedError
 from ..order import TokenOrder
 from . import options as option_values
-from .arguments import Call, resolve
+from .arguments import Call, autocasts, resolve
 from .function import HilbertAttentionFunction
 from .plan import Plan, plan
 
@@ -134,7 +133,8 @@ def dilated_attention(
         out, lse = _reference(q, k, v, call)
     else:
         q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        out, lse = HilbertAttentionFunction.apply(q, k, v, chosen, call.scale, call.index, call.mask, call.offsets)
+        given = chosen, call.scale, call.index, call.mask, call.offsets
+        out, lse = HilbertAttentionFunction.apply(q, k, v, *given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -209,16 +209,15 @@ def _planned(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As `scaled_dot_product_attention` under autocast: to the lower precision."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocasts(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    casts = [isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts, strict=True))
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     problem = call.problem
-    if problem.dropout:
-        raise UnsupportedError("the reference takes a mask of dropped probabilities, not dropout_p; set dropout_p=0")
     out, lse = reference.dilated_attention(
         q,
         k,

@@ -7,9 +7,10 @@ offsets); these are remembered until the tensor goes or is edited.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import threading
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,9 +91,8 @@ def resolve(
     ):
         if word not in words:
             raise ArgumentError(f"{label} must be {' or '.join(map(repr, words))}, got {word!r}")
-    for label, flag in (("is_causal", is_causal),):
-        if not isinstance(flag, bool):
-            raise ArgumentTypeError(f"{label} must be True or False, got {flag!r}")
+    if not isinstance(is_causal, bool):
+        raise ArgumentTypeError(f"is_causal must be True or False, got {is_causal!r}")
     dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -133,6 +133,11 @@ def resolve(
     return Call(problem, scale, index, mask, _head_offsets(head_offset, heads, branches, q.device))
 
 
+def autocasts(device: torch.device) -> bool:
+    """`torch.autocast` is on for this device, and there is one for it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for label, tensor, shape in (("q", q, "(B, N, H, D)"), ("k", k, "(B, N, G, D)"), ("v", v, "(B, N, G, D)")):
         if not isinstance(tensor, Tensor):
@@ -159,9 +164,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ArgumentError(f"head_dim must be at least 1, got q of shape {tuple(q.shape)}")
 
 
-def _branches(
-    segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int]
-) -> tuple[tuple[int, int], ...]:
+def _branches(segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int]) -> tuple[tuple[int, int], ...]:
     lengths = _integers("segment_lengths", segment_lengths)
     rates = _integers("dilation_rates", dilation_rates)
     if len(lengths) != len(rates):
@@ -179,7 +182,7 @@ def _integers(label: str, values: int | Sequence[int]) -> tuple[int, ...]:
     numbers = []
     for value in given:
         try:
-            number = operator.index(value)  # type: ignore[arg-type]
+            number = operator.index(value)
         except TypeError:
             number = None
         if number is None or isinstance(value, bool):
@@ -191,7 +194,7 @@ def _integers(label: str, values: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _number(label: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{label} must be a number, got {value!r}")
     if math.isnan(value):
         raise ArgumentError(f"{label} must be a number, got NaN")
@@ -215,8 +218,8 @@ def _check_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask if mask.stride(1) == 1 else mask.contiguous()
 
 
-_TABLES: MutableMapping[Tensor, tuple[int, tuple[int, ...], HeadOffsets]] = WeakIdKeyDictionary()
-"""Tables of head offsets that were checked: their version then, the dilation rates, and what they say."""
+_TABLES: MutableMapping[Tensor, tuple[Hashable, HeadOffsets]] = WeakIdKeyDictionary()
+"""Tables of head offsets that were checked: version, dilation rates and device then, and what they say."""
 _TABLES_LOCK = threading.Lock()
 
 
@@ -237,25 +240,32 @@ def _head_offsets(
             f"head_offset must have shape (branches, H) = {(len(branches), heads)}, got {tuple(given.shape)}"
         )
     rates = tuple(rate for _, rate in branches)
-    version = 0 if given.is_inference() else given._version
+    if given.is_inference():  # counts no edits
+        return _checked_table(given, rates, device)
+    state = (given._version, rates, device)
     with _TABLES_LOCK:
         seen = _TABLES.get(given)
-    if seen is not None and seen[:2] == (version, rates) and not given.is_inference():
-        return seen[2]
-    if given.is_cuda and torch.cuda.is_current_stream_capturing():
+    if seen is not None and seen[0] == state:
+        return seen[1]
+    offsets = _checked_table(given, rates, device)
+    with _TABLES_LOCK:
+        _TABLES[given] = state, offsets
+    return offsets
+
+
+def _checked_table(given: Tensor, rates: tuple[int, ...], device: torch.device) -> HeadOffsets:
+    if "cuda" in (given.device.type, device.type) and torch.cuda.is_current_stream_capturing():
         raise ArgumentError(
             "this head_offset tensor is seen for the first time, and a CUDA graph under capture cannot wait for its "
             "check: run the same call once before the capture"
         )
     rows = tuple(tuple(int(offset) for offset in row) for row in given.tolist())
-    for (_, rate), row in zip(branches, rows, strict=True):
+    for rate, row in zip(rates, rows, strict=True):
         for offset in row:
             if not -1 <= offset < rate:
                 raise ArgumentError(
-                    f"head_offset must lie in 0..r-1, or be -1 for a head that takes no part; got {offset} at rate {rate}"
+                    f"head_offset must lie in 0..r-1, or be -1 for a head that takes no part; "
+                    f"got {offset} at rate {rate}"
                 )
     with torch.inference_mode(False):
-        offsets = HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=device))
-    with _TABLES_LOCK:
-        _TABLES[given] = version, rates, offsets
-    return offsets
+        return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=device))

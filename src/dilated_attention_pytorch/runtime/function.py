@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import UnsupportedError
 from . import launch, torch_backend
-from .arguments import HeadOffsets
+from .arguments import HeadOffsets, autocasts
 from .plan import Plan
 
 BACKENDS = {"triton": launch, "torch": torch_backend}
@@ -24,7 +26,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -36,26 +38,48 @@ class HilbertAttentionFunction(torch.autograd.Function):
         offsets: HeadOffsets,
     ) -> tuple[Tensor, Tensor]:
         """Run the plan's forward; see `launch.forward` for shapes."""
-        out, lse = BACKENDS[plan.backend].forward(
-            plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets
-        )
+        with _no_autocast(q.device):
+            out, lse = BACKENDS[plan.backend].forward(
+                plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets
+            )
         ctx.save_for_backward(q, k, v, out, lse, index, mask)
         ctx.plan, ctx.scale, ctx.offsets = plan, scale, offsets
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v; a gradient of lse is taken in."""
-        q, k, v, out, lse, index, mask = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 8
-        if dout is None:
-            dout = out.new_zeros(()).expand(out.shape)
-        gradients = BACKENDS[ctx.plan.backend].backward(
+        return (*_gradients(ctx, dout, dlse, *ctx.saved_tensors), None, None, None, None, None)
+
+
+@once_differentiable
+def _gradients(
+    ctx: Any,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv. What was saved is an argument, so that torch sees a second derivative through q, k or v coming."""
+    if dlse is not None and ctx.plan.problem.mix_grad == "detached":
+        raise UnsupportedError('mix_grad="detached" has no gradient of lse; detach lse, or use mix_grad="exact"')
+    if dout is None:
+        dout = out.new_zeros(()).expand(out.shape)
+    with _no_autocast(q.device):
+        dq, dk, dv = BACKENDS[ctx.plan.backend].backward(
             ctx.plan, q, k, v, out, lse, dout, dlse, scale=ctx.scale, index=index, mask=mask, offsets=ctx.offsets
         )
-        return (*gradients, None, None, None, None, None)
+    return dq, dk, dv
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The inputs are cast once, before; autocast would also round the float32 that backends compute in."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
