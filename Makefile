@@ -20,8 +20,8 @@ need =
 endif
 
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
-RUN_TIME := torch yaml filelock rich
-TESTS := $(RUN_TIME) pytest hypothesis numpy
+RUN_TIME := torch yaml rich
+TESTS := $(RUN_TIME) filelock pytest hypothesis numpy
 
 .PHONY: help demo test lint generate bench prove gpu-test python
 
@@ -37,7 +37,7 @@ help:
 
 demo: $(SETUP)
 	$(call need,$(RUN_TIME))
-	$(PY) benchmarks/demo.py
+	$(PY) -m benchmarks.demo
 
 # Triton's interpreter and its compiler cannot share a process.
 test: lint

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,23 @@ def test_the_exit_code_of_doctor_is_its_verdict(
         assert ("a remedy" in out) == bool(complaints)
         code, out, _ = run(capsys, "doctor", "--json")
         assert json.loads(out)["complaints"] == [list(complaint) for complaint in complaints]
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    """`dilated-attention explain ... | head` would end in a BrokenPipeError, and again when Python flushes."""
+    command = [
+        sys.executable,
+        "-m",
+        "dilated_attention_pytorch.cli",
+        "explain",
+        "--gpu",
+        "l4",
+        "--workload",
+        "gigapath",
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

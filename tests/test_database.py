@@ -13,7 +13,7 @@ import pytest
 from dilated_attention_pytorch import _layout, database, device
 from dilated_attention_pytorch.config import LaunchConfig, ProblemKey
 from dilated_attention_pytorch.database import Database, Lookup
-from dilated_attention_pytorch.errors import DatabaseError
+from dilated_attention_pytorch.errors import DatabaseError, MissingPackageError
 
 from . import measurements
 from .measurements import KERNELS, PROBLEM, TOOLCHAIN, database_at, entry
@@ -89,6 +89,13 @@ def test_a_file_that_no_lookup_would_find_is_refused(tmp_path: Path, stray: str)
     path.write_text("schema: 1\n")
     with pytest.raises(DatabaseError, match="no lookup would find this file"):
         Database(tmp_path).digest()
+
+
+def test_saving_without_filelock_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only who tunes needs it: an installation without it must not end in a bare ModuleNotFoundError."""
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'dilated-attention-kernels\[tune\]'"):
+        database.save(L4, [entry()], tmp_path)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:

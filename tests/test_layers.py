@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +137,12 @@ def test_generated_modules_know_triton_alone() -> None:
 def test_nothing_imports_triton_at_once() -> None:
     """The package has to be imported where there is no triton: macOS, Windows."""
     assert [f.place for f in OURS if f.at_once and f.imported.split(".")[0] == "triton"] == []
+
+
+def test_the_package_needs_torch_alone_at_once() -> None:
+    """An import that only a developer has installed."""
+    at_once = {found.imported.split(".")[0] for found in OURS if found.at_once}
+    assert at_once - sys.stdlib_module_names == {PACKAGE, "torch"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -1,12 +1,14 @@
 """The console command `dilated-attention`: what would run, and what is wrong with this machine.
 
-Exit codes: 0 all is well; 1 the machine needs mending (`doctor`); 2 a wrong command line, or a refusal in a sentence.
+Exit codes: 0 all is well; 1 the machine needs mending (`doctor`); 2 a wrong command line, or a refusal in a sentence;
+141 whoever read the output has gone, as `head` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        return _explain(chosen) if chosen.command == "explain" else _doctor(chosen)
+        code = _explain(chosen) if chosen.command == "explain" else _doctor(chosen)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes once more when it ends: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if SIGPIPE had ended it
     except DilatedAttentionError as error:
         print(f"dilated-attention {chosen.command}: {error}", file=sys.stderr)
         return 2

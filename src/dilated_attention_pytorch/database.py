@@ -20,7 +20,7 @@ from ._strict_yaml import Field
 from ._strict_yaml import load as load_yaml
 from .config import DTYPE_BYTES, FLAGS, GRID_CAP, OPS, LaunchConfig, ProblemKey, round_rows
 from .device import Device, Toolchain
-from .errors import ConfigError, DatabaseError
+from .errors import ConfigError, DatabaseError, MissingPackageError
 from .source_hash import kernel_hash
 from .variant import ORDERS, QUERIES
 
@@ -432,8 +432,14 @@ def save(measured_on: Device, entries: Iterable[Entry], root: Path | None = None
 
     Raises:
         DatabaseError: A file that would be changed breaks the schema.
+        MissingPackageError: filelock is not installed.
     """
-    from filelock import FileLock
+    try:
+        from filelock import FileLock
+    except ImportError as error:
+        raise MissingPackageError(
+            "to save measurements takes filelock: pip install 'dilated-attention-kernels[tune]'"
+        ) from error
 
     root = _layout.tune_db_dir() if root is None else root
     root.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,10 @@ class DatabaseMiss(DilatedAttentionError, LookupError):
     """`options(on_miss="error")` is on and the database holds no entry for this problem."""
 
 
+class MissingPackageError(DilatedAttentionError, ImportError):
+    """What was asked for needs a package that is not installed; the message says how to install it."""
+
+
 class UnknownDeviceError(DilatedAttentionError, ValueError):
     """A simulated device's name is not in tune_db/devices.yaml."""
 
