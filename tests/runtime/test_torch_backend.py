@@ -79,10 +79,21 @@ def test_detached_mix(padding: str) -> None:
     check_results(actual, oracle(case, inputs, mix_grad="detached"), case.dtype, dout=inputs.dout)
 
 
-@pytest.mark.parametrize("case", [RAGGED, dataclasses.replace(RAGGED, N=80), EVERYTHING], ids=lambda case: case.id)
+@pytest.mark.parametrize("options", [{}, {"mask": True, "causal": True}, {"dtype": "fp16"}, {"queries": "all"}])
+def test_one_call_that_holds_everything(options: dict[str, Any]) -> None:
+    """Catches a kernel's result that is taken for the output in a wrong layout, and what the next branch adds to it."""
+    case = Case(N=48, branches=((24, 3), (12, 1)), B=2, H=6, D=8, **options)
+    compare(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [RAGGED, dataclasses.replace(RAGGED, N=80), EVERYTHING, dataclasses.replace(EVERYTHING, N=80)],
+    ids=lambda case: case.id,
+)
 def test_cutting_into_small_calls_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches pieces that overlap, leave a segment out, or chunks of queries under the wrong mask."""
-    monkeypatch.setattr(torch_calls, "WORKSPACE", 1)
+    monkeypatch.setattr(torch_calls, "WORKSPACE_SHARE", 10**9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
     monkeypatch.setattr(torch_attention, "SCORES", 1)
     compare(case, make_inputs(case))

@@ -51,16 +51,18 @@ def forward(
     """
     problem = plan.problem
     q, k, v = unit_stride(q, k, v)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((problem.batch, problem.heads, problem.length), dtype=upcast(q[:0]).dtype)
-    if all(rate > 1 or -1 in row for (_, rate), row in zip(problem.branches, offsets.rows, strict=True)):
-        # No branch stores every row: these stay where none keeps a step.
-        out.zero_()
-        lse.fill_(-torch.inf)
+    out = None
+    lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
     by_row = lse.transpose(1, 2)  # [B, N, H]
     for place, branch_calls in enumerate(_branches(problem, offsets, index, q.device)):
         for call in branch_calls:
             rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
+            if call.is_whole and out is None:
+                out = _as_tensor(rows, q)
+                call.queries.write(by_row, row_lse)
+                continue
+            if out is None:
+                out = q.new_zeros(q.shape)
             if place == 0:
                 call.queries.write(out, rows)
                 call.queries.write(by_row, row_lse)
@@ -70,7 +72,7 @@ def forward(
             weight = torch.sigmoid(row_lse - before).nan_to_num_(0.0)
             call.queries.blend(out, rows, weight.unsqueeze(3))
             call.queries.write(by_row, torch.logaddexp(before, row_lse))
-    return out, lse
+    return q.new_zeros(q.shape) if out is None else out, lse
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def backward(
     """
     problem = plan.problem
     q, k, v = unit_stride(q, k, v)
-    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    totals: list[Tensor] = []
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
@@ -111,23 +113,27 @@ def backward(
             if not call.has_keys:
                 continue
             if problem.mix_grad == "detached":
-                rows, _ = _attend(call, problem, q, k, v, scale, mask)
+                branch_out, _ = _attend(call, problem, q, k, v, scale, mask)
             else:
-                rows = call.queries.read(out)
+                branch_out = call.queries.read(out)
             grads = attend_backward(
                 call.queries.pack(q),
                 call.keys.pack(k),
                 call.keys.pack(v),
-                rows,
+                branch_out,
                 call.queries.read(by_row),
                 call.queries.read(dout),
                 None if dlse_by_row is None else call.queries.read(dlse_by_row),
                 scale,
                 _visibility(call, problem, mask, q.device),
             )
-            call.queries.add(dq, grads[0])
-            call.keys.add(dk, grads[1])
-            call.keys.add(dv, grads[2])
+            if call.is_whole and not totals:
+                totals = [_as_tensor(grad, x) for grad, x in zip(grads, (q, k, v), strict=True)]
+                continue
+            totals = totals or [x.new_zeros(x.shape) for x in (q, k, v)]
+            for total, rows, grad in zip(totals, (call.queries, call.keys, call.keys), grads, strict=True):
+                rows.add(total, grad)
+    dq, dk, dv = totals or [x.new_zeros(x.shape) for x in (q, k, v)]
     return dq, dk, dv
 
 
@@ -135,7 +141,7 @@ def _attend(
     call: Call, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (B·C, heads, L, D) and lse (B·C, heads, L) of one call, phantom keys and masked queries included."""
-    queries = call.queries.pack(q)
+    queries = call.queries.read(q)
     if call.has_keys:
         see = _visibility(call, problem, mask, q.device)
         out, lse = attend(queries, call.keys.pack(k), call.keys.pack(v), scale, see)
@@ -149,6 +155,11 @@ def _attend(
         masked = ~call.queries.read(_by_head(mask, problem.heads))
         out, lse = out.masked_fill(masked.unsqueeze(3), 0.0), lse.masked_fill(masked, -torch.inf)
     return out, lse
+
+
+def _as_tensor(rows: Tensor, like: Tensor) -> Tensor:
+    """All rows (B·C, heads, L, D) as (B, N, heads, D): no copy where a kernel wrote them in that layout."""
+    return rows.transpose(1, 2).reshape(like.shape).to(like.dtype)
 
 
 def _visibility(call: Call, problem: Problem, mask: Tensor | None, device: torch.device) -> Visibility:

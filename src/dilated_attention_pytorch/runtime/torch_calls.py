@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..config import Problem, cdiv
 
-WORKSPACE = 1 << 19
-"""Elements of one operand that a call may hold; more only where the device would run out of parallel work."""
+WORKSPACE_SHARE = 16
+"""Calls whose operands are copied hold a sixteenth of q at most, unless the device would run out of parallel work."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ class Bundle:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def pack(self, x: Tensor) -> Tensor:
-        """`read`, in memory of its own.
+        """`read`, copied unless the rows are neighbours.
 
-        Rows at a distance of half a page and more compete for few sets of a cache: torch's CPU kernels lose up to
-        14 % on them, forward and backward. The copy costs 1 % and is as small as a call.
+        Rows at a distance of pages compete for few sets of a cache: torch's CPU kernels lose up to 14 % on them,
+        forward and backward. The copy costs 1 %, and the call is small.
         """
-        return self.read(x).contiguous()
+        return self.read(x) if self.parts[0].step == 1 else self.read(x).contiguous()
 
     def write(self, x: Tensor, rows: Tensor) -> None:
         """Store what `read` would give."""
@@ -148,6 +148,7 @@ class Call:
         causal: Query row i sees the key rows j ≤ i.
         by_token: Causal, but rows are not in token order: tokens must be compared.
         phantoms: Keys of score 0 and value 0 that every query sees.
+        is_whole: All rows of all heads take part, as they lie: a kernel's results have the layout of q, k and v.
     """
 
     queries: Bundle
@@ -155,6 +156,7 @@ class Call:
     causal: bool
     by_token: bool
     phantoms: int
+    is_whole: bool = False
 
     @property
     def has_keys(self) -> bool:
@@ -175,15 +177,24 @@ def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor |
     length, rate = problem.segment(branch), problem.branches[branch][1]
     whole, tail = divmod(problem.length, length)
     runs = list(head_runs(offsets, problem.heads, problem.kv_heads))
+    if rate == 1 and not tail and index is None and problem.kv_heads == problem.heads == sum(run.heads for run in runs):
+        # Nothing is copied and the results are the outputs themselves: such a call needs no workspace.
+        (run,) = runs
+        everything = Rows(slice(0, problem.batch), run.queries, 0, whole, length, 0, 1)
+        side = Bundle((everything,))
+        yield Call(side, side, problem.causal, False, 0, is_whole=True)
+        return
+
+    workspace = problem.batch * problem.length * problem.heads * problem.head_dim // WORKSPACE_SHARE
     for start, segments, steps in ((0, whole, length), (whole * length, 1, tail)):
         if not segments or not steps:
             continue
         row_size = (steps if problem.queries == "all" else cdiv(steps, rate)) * problem.head_dim
         # Batch elements and segments are one dimension of a view where the segments fill the sequence.
         mergeable = segments == 1 or segments * steps == problem.length
-        for bundle in _bundles(runs, rate, steps, segments, row_size, pairs):
+        for bundle in _bundles(runs, rate, steps, segments, row_size, pairs, workspace):
             heads = sum(run.heads for run in bundle)
-            together = max(cdiv(pairs, heads), WORKSPACE // (heads * row_size), 1)
+            together = max(cdiv(pairs, heads), workspace // (heads * row_size), 1)
             samples = max(together // segments, 1) if mergeable else 1
             for sample in range(0, problem.batch, samples):
                 for first in range(0, segments, together):
@@ -253,16 +264,16 @@ def _part(heads: slice, first: int, count: int) -> slice:
 
 
 def _bundles(
-    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, pairs: int
+    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, pairs: int, workspace: int
 ) -> Iterator[list[HeadRun]]:
     """Runs that keep equally many rows of a segment: as much as the workspace holds and as the device needs."""
-    most = max(WORKSPACE // row_size, cdiv(pairs, segments), 1)
+    most = max(workspace // row_size, cdiv(pairs, segments), 1)
     pieces = (piece for run in runs for piece in run.cut(most))
     for _, alike in groupby(pieces, key=lambda run: len(range(run.offset, steps, rate))):
         bundle: list[HeadRun] = []
         for run in alike:
             heads = sum(run.heads for run in bundle)
-            if bundle and heads * segments >= pairs and (heads + run.heads) * segments * row_size > WORKSPACE:
+            if bundle and heads * segments >= pairs and (heads + run.heads) * segments * row_size > workspace:
                 yield bundle
                 bundle = []
             bundle.append(run)
