@@ -21,7 +21,8 @@ endif
 
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 RUN_TIME := torch yaml rich
-TESTS := $(RUN_TIME) filelock pytest hypothesis numpy
+TESTS := $(RUN_TIME) filelock pytest xdist hypothesis numpy
+RESULTS := benchmarks/results
 
 .PHONY: help demo test lint generate bench prove gpu-test python
 
@@ -43,8 +44,8 @@ demo: $(SETUP)
 test: lint
 	$(call need,$(TESTS) build hatchling)
 	$(PY) -m pytest -q
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
-	$(PY) -m pytest -q -m compile
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter
+	$(PY) -m pytest -q -n auto -m compile
 
 lint: $(SETUP)
 	$(call need,$(TESTS) jinja2 ruff mypy)
@@ -59,15 +60,16 @@ generate: $(SETUP)
 
 bench: $(SETUP)
 	$(call need,$(RUN_TIME))
-	$(PY) benchmarks/peers.py
+	$(PY) -m benchmarks
 
 prove: $(SETUP)
 	$(call need,$(TESTS) triton)
-	PROVE=all $(PY) -m pytest -q -m compile
+	PROVE=all $(PY) -m pytest -q -n auto -m compile
 
 gpu-test: $(SETUP)
 	$(call need,$(TESTS) triton)
-	$(PY) -m pytest -q -m gpu
+	GPU_TEST_REPORT=$(RESULTS)/gpu_tests.json $(PY) -m pytest -q -n auto -m "gpu and not large"
+	GPU_TEST_REPORT=$(RESULTS)/gpu_tests_large.json $(PY) -m pytest -q -m "gpu and large"
 
 python:
 	@echo $(PY)

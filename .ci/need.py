@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-INSTALLED_AS = {"yaml": "pyyaml"}
+INSTALLED_AS = {"yaml": "pyyaml", "xdist": "pytest-xdist"}
 
 missing = [INSTALLED_AS.get(name, name) for name in sys.argv[1:] if find_spec(name) is None]
 if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -44,6 +45,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str:
+    """As git tells, or as `GIT_COMMIT` says where the tree was copied without its history."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     here = Path(__file__).resolve().parent
     commit = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")

@@ -50,11 +50,11 @@ def poisoned_outputs() -> Iterator[None]:
 Config = LaunchConfig | Mapping[str, LaunchConfig] | None
 
 
-def run_kernels(case: Case, inputs: Inputs, config: Config = None) -> Results:
-    """Forward and backward of a case through the public face and the Triton backend, dlse included."""
+def run_kernels(case: Case, inputs: Inputs, config: Config = None, backend: str = "triton") -> Results:
+    """Forward and backward of a case through the public face, dlse included."""
     q, k, v = (tensor.detach().requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v))
     with poisoned_outputs(), dap.options(config=config):
-        out, lse = dap.dilated_attention(q, k, v, **_given(case, inputs), return_lse=True, backend="triton")
+        out, lse = dap.dilated_attention(q, k, v, **_given(case, inputs), return_lse=True, backend=backend)
         dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
     return Results(out.detach(), lse.detach(), dq, dk, dv)
 

@@ -18,7 +18,7 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
     "hopper": {  # measured on an H100 at 1024 and 2048 rows, D 64 and 128
         "fwd": {
             128: ((128, 64, 4, 3),),
-            256: ((128, 128, 8, 3), (64, 64, 4, 3)),
+            256: ((64, 64, 4, 3),),
             512: ((128, 32, 8, 2), (64, 32, 4, 2)),
         },
         "dkdv": {128: ((64, 64, 4, 3),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
@@ -88,7 +88,7 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         buffers = {"fwd": 1, "dkdv": 3, "dq": 2}[op]
         between = 0 if backward else between
     elif size == 4:
-        # tf32 products of the backward, and those that read the buffers, want operands turned, in a buffer of their own.
+        # tf32 products want operands turned, in a buffer of their own: the backward's, and those on large tiles.
         buffers = 2 * stages if backward or stay >= 64 else 2 * stages - 2
     elif arch in ("sm_90", "sm_100", "sm_103") and stay >= 64:
         # These tensor cores read the buffers themselves: one more is in use.

@@ -92,6 +92,14 @@ def test_case_table(case: Case, record: Callable[..., None]) -> None:
     _run(case, case.dtype, record, dense=True)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_torch_backend(case: Case, record: Callable[..., None]) -> None:
+    """A kernel of torch's that is called otherwise on a GPU than on a CPU; float64 has no other backend here."""
+    inputs = make_inputs(case, "cuda")
+    actual = run_kernels(case, inputs, backend="torch")
+    record(actual, oracle(case, inputs), case.dtype, dout=inputs.dout, dense=dense_formula(case, inputs))
+
+
 @pytest.mark.parametrize("order", ["none", "random"])
 def test_ranges_of_queries(order: str, record: Callable[..., None]) -> None:
     """A range that begins or ends inside a segment or a tile."""
@@ -135,6 +143,7 @@ def test_captured_in_a_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("order", [None, "snake"])
 def test_more_than_2_to_the_31_elements(order: str | None, record: Callable[..., None]) -> None:
     """An offset of 32 bits: the last segment of tensors above 2^31 elements is right, forward and backward."""

@@ -59,7 +59,6 @@ def test_case_table(number: int) -> None:
     check(RUNNABLE[number], TILES[number % len(TILES)])
 
 
-@pytest.mark.toolchain
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_specialised_text(name: str, causal: bool) -> None:

@@ -18,8 +18,8 @@ from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
 from .arguments import HeadOffsets
 from .plan import BranchPlan, Choice, Plan
 
-DELTA_ROWS = 64
-"""Rows a tile of the delta kernel: it reads two tensors once, and any size does."""
+DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
+"""The delta kernel reads two tensors once: any size does."""
 
 
 def forward(
@@ -56,7 +56,8 @@ def forward(
     shared.update(p_out=out, p_lse=lse)
     with _on(q):
         for place, branch in enumerate(plan.branches):
-            _launch(branch.fwd, branch_values(plan.problem, branch, place, offsets, shared))
+            values = branch_values(plan.problem, branch, place, offsets, shared)
+            _launch(prepared(branch.fwd, values), branch.fwd.config)
     return out, lse
 
 
@@ -99,11 +100,11 @@ def backward(
     delta = allocate(lse.shape, lse.dtype, lse.device)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
     with _on(q):
-        _launch_delta(shared, dlse)
+        _launch(prepared_delta(shared, dlse), DELTA)
         for place, branch in enumerate(plan.branches):
             values = branch_values(plan.problem, branch, place, offsets, shared)
-            _launch(branch.dkdv, values)
-            _launch(branch.dq, values)
+            for choice in (branch.dkdv, branch.dq):
+                _launch(prepared(choice, values), choice.config)
     return dq, dk, dv
 
 
@@ -197,12 +198,13 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     return kernel, _in_order(kernel, given), programs
 
 
-def _launch(choice: Choice, values: Mapping[str, Any]) -> None:
-    kernel, arguments, programs = prepared(choice, values)
-    kernel[(programs,)](*arguments.values(), **compile_options(choice.config))
+def _launch(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) -> None:
+    kernel, arguments, programs = prepared
+    kernel[(programs,)](*arguments.values(), **compile_options(config))
 
 
-def _launch_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> None:
+def prepared_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> tuple[Any, dict[str, Any], int]:
+    """The delta kernel, its arguments by name in order, and the number of programs."""
     kernel = generated.load("delta").delta
     batch, rows, heads, _ = shared["p_out"].shape
     strides = (0, 0, 0) if dlse is None else dlse.stride()
@@ -213,10 +215,10 @@ def _launch_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> None:
         "dlse_h": strides[1],
         "dlse_n": strides[2],
         "N": rows,
-        "BLOCK_M": DELTA_ROWS,
+        "BLOCK_M": DELTA.block_m,
         "HAS_DLSE": dlse is not None,
     }
-    kernel[(batch * heads * cdiv(rows, DELTA_ROWS),)](*_in_order(kernel, given).values(), num_warps=4)
+    return kernel, _in_order(kernel, given), batch * heads * cdiv(rows, DELTA.block_m)
 
 
 def _in_order(kernel: Any, values: Mapping[str, Any]) -> dict[str, Any]:

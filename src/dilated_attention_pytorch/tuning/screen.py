@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ..config import Problem
+from ..config import LaunchConfig, Problem
 from ..errors import ConfigError, UnsupportedError
 from ..runtime.arguments import HeadOffsets
-from ..runtime.launch import branch_values, compile_options, prepared, shared_values
+from ..runtime.launch import DELTA, branch_values, compile_options, prepared, prepared_delta, shared_values
 from ..runtime.plan import BranchPlan, Choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -63,18 +63,28 @@ def compile_offline(problem: Problem, branch: BranchPlan, op: str, arch: str, *,
         ConfigError: The architecture is not one that Triton knows.
         Exception: Whatever the compiler raises.
     """
+    choice: Choice = getattr(branch, op)
+    return _compiled(prepared(choice, _values(problem, branch, place=int(merge))), choice.config, arch)
+
+
+def compile_delta(problem: Problem, branch: BranchPlan, arch: str) -> Resources:
+    """Compile the kernel that every backward shares; raises as `compile_offline`."""
+    values = _values(problem, branch, place=0)
+    return _compiled(prepared_delta(values, values["p_lse"]), DELTA, arch)
+
+
+def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arch: str) -> Resources:
     try:
         import triton
         from triton.compiler import ASTSource
     except ModuleNotFoundError as error:
         raise UnsupportedError("compiling needs triton: pip install triton") from error
-    choice: Choice = getattr(branch, op)
-    kernel, arguments, _ = prepared(choice, _values(problem, branch, place=int(merge)))
+    kernel, arguments, _ = launch
     if not hasattr(kernel, "cache_key"):
         raise UnsupportedError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled")
     signature, constants, attributes = _specialised(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=_target(arch), options=compile_options(choice.config))
+    compiled = triton.compile(source, target=_target(arch), options=compile_options(config))
     registers, spills = _usage(compiled.asm)
     return Resources(compiled.metadata.shared, registers, spills)
 
@@ -160,5 +170,3 @@ def _cuobjdump() -> str | None:
 
     shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return str(shipped) if shipped.exists() else shutil.which("cuobjdump")
-
-
