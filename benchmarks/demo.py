@@ -171,7 +171,7 @@ def _interpreted(console: Console, bar: Bar) -> list[str]:
     bound = TOLERANCES["fp32"]
     console.print(f"interpreted {', '.join(found['kernels'])}")
     told = ", ".join(f"{name} {error:.0e}" for name, error in found["errors"].items())
-    console.print(f"errors: {told}; bounds {bound.out:.0e} and {bound.grad:.0e} (gradients)\n")
+    console.print(f"errors: {told}; bounds {bound.out:.0e} and {bound.grad:.0e}\n")
     wrong = too_large(found["errors"], "fp32")
     return [f"interpreted: {wrong}"] if wrong else []
 

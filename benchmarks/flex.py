@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,14 +29,14 @@ def counter(problem: Problem, device: torch.device, order: Tensor | None = None)
 
     def count(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         asking, asked = (query, key) if step is None else (step[query], step[key])
-        total = torch.zeros_like(head + asking + asked)
+        meetings = []
         for width, rate in branches:
             offset = {"cyclic": head % rate, "blocked": head // cdiv(heads, rate), "zero": 0 * head}[rule]
             meet = (asking // width == asked // width) & (asked % width % rate == offset)
             if problem.queries == "dilated":
                 meet = meet & (asking % width % rate == offset)
-            total = total + meet.to(total.dtype)
-        return total
+            meetings.append(meet.to(torch.int32))
+        return reduce(torch.add, meetings)
 
     return count
 
