@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
@@ -60,7 +61,7 @@ def main() -> int:
         console.print(f"refused: {error}", markup=False)
         return 1
     seconds = time.perf_counter() - start
-    console.print(f"{'; '.join(failures)}: please report it" if failures else f"Everything holds. {seconds:.0f} s")
+    console.print(f"{'; '.join(failures)}: please report it" if failures else f"Everything holds. {seconds:.0f} s", markup=False)
     return 1 if failures else 0
 
 
@@ -195,7 +196,7 @@ def results(name: str, problem: Problem, found: Mapping[str, Row | str]) -> Tabl
         if isinstance(row, str):
             table.add_row(contender, "skipped", *[""] * 5)
             assert table.caption is not None
-            table.caption = f"{table.caption}\n{contender}: {row}"
+            table.caption = f"{table.caption}\n{contender}: {escape(row)}"
             continue
         table.add_row(
             contender,
@@ -203,8 +204,8 @@ def results(name: str, problem: Problem, found: Mapping[str, Row | str]) -> Tabl
             _milliseconds(row.both.median),
             f"{row.both.median / first.both.median:.2f}" if isinstance(first, Row) else "",
             f"{row.peak / 2**20:.0f}",
-            f"{row.errors['out']:.0e}",
-            f"{max(error for result, error in row.errors.items() if result != 'out'):.0e}",
+            f"{row.errors['out']:.1e}",
+            f"{max(error for result, error in row.errors.items() if result != 'out'):.1e}",
         )
     return table
 
@@ -228,7 +229,7 @@ def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: d
         if isinstance(taken, str):
             table.add_row(*row, "failed", "", "")
             assert table.caption is not None
-            table.caption = f"{table.caption}\n{row[0]} {row[1]}: {taken}"
+            table.caption = f"{table.caption}\n{row[0]} {row[1]}: {escape(taken)}"
         else:
             table.add_row(*row, f"{taken.shared_bytes:,}", _or_dash(taken.registers), _or_dash(taken.spills))
     return table
