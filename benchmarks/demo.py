@@ -61,7 +61,8 @@ def main() -> int:
         console.print(f"refused: {error}", markup=False)
         return 1
     seconds = time.perf_counter() - start
-    console.print(f"{'; '.join(failures)}: please report it" if failures else f"Everything holds. {seconds:.0f} s", markup=False)
+    verdict = f"{'; '.join(failures)}: please report it" if failures else "Everything holds."
+    console.print(f"{verdict} {seconds:.0f} s", markup=False)
     return 1 if failures else 0
 
 
