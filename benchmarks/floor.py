@@ -50,7 +50,7 @@ def main() -> int:
     rows = [row for head_dim in HEAD_DIMS for row in measure(head_dim)]
     document = {
         "what": f"forward of one branch, {ROWS} kept rows a segment, bf16, {SEGMENTS} segments, {HEADS} heads",
-        "command": f"python -m benchmarks.floor {sys.argv[1]}",
+        "command": "python -m benchmarks.floor RESULT.json",
         "environment": environment(),
         "rounds": ROUNDS,
         "rows": rows,
