@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import GRID_CAP, Problem
 from .torch_attention import Visibility, attend, attend_backward, unit_stride, upcast
-from .torch_calls import Call, calls
+from .torch_calls import Budget, Call, calls
 
 if TYPE_CHECKING:
     from .arguments import HeadOffsets
@@ -54,7 +54,7 @@ def forward(
     out = None
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
     by_row = lse.transpose(1, 2)  # [B, N, H]
-    for place, branch_calls in enumerate(_branches(problem, offsets, index, q.device)):
+    for place, branch_calls in enumerate(_branches(problem, offsets, index, _budget(q, pairs=1, copied=16))):
         for call in branch_calls:
             rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
             if call.is_whole and out is None:
@@ -108,7 +108,7 @@ def backward(
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
-    for branch_calls in _branches(problem, offsets, index, q.device):
+    for branch_calls in _branches(problem, offsets, index, _budget(q, pairs=2, copied=8)):
         for call in branch_calls:
             if not call.has_keys:
                 continue
@@ -141,7 +141,7 @@ def _attend(
     call: Call, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (B·C, heads, L, D) and lse (B·C, heads, L) of one call, phantom keys and masked queries included."""
-    queries = call.queries.read(q)
+    queries = call.queries.pack(q)
     if call.has_keys:
         see = _visibility(call, problem, mask, q.device)
         out, lse = attend(queries, call.keys.pack(k), call.keys.pack(v), scale, see)
@@ -179,15 +179,21 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, heads)
 
 
-def _branches(
-    problem: Problem, offsets: HeadOffsets, index: Tensor | None, device: torch.device
-) -> Iterator[Iterator[Call]]:
+def _budget(q: Tensor, *, pairs: int, copied: int) -> Budget:
+    """Calls of so many pairs a thread at least, and of an n-th of q where their operands are copied, else a quarter.
+
+    Torch's forward kernel also divides the rows of a pair among threads, the backward does not.
+    """
+    pairs = pairs * torch.get_num_threads() if q.device.type == "cpu" else GRID_CAP
+    return Budget(pairs, q.numel() // copied, q.numel() // 4)
+
+
+def _branches(problem: Problem, offsets: HeadOffsets, index: Tensor | None, budget: Budget) -> Iterator[Iterator[Call]]:
     """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
-    pairs = 2 * torch.get_num_threads() if device.type == "cpu" else GRID_CAP
     tokens = None if index is None else index.long()
 
     def share(branch: int) -> float:
         return sum(offset >= 0 for offset in offsets.rows[branch]) / problem.branches[branch][1]
 
     for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
-        yield calls(problem, branch, offsets.rows[branch], tokens, pairs)
+        yield calls(problem, branch, offsets.rows[branch], tokens, budget)

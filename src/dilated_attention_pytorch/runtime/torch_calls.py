@@ -13,10 +13,25 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..config import Problem, cdiv
+from ..config import DTYPE_BYTES, Problem, cdiv
 
-WORKSPACE_SHARE = 16
-"""Calls whose operands are copied hold a sixteenth of q at most, unless the device would run out of parallel work."""
+PAGE = 4096
+"""Rows a multiple of so many bytes apart share few sets of a cache."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a call should be.
+
+    Attributes:
+        pairs: (batch, segment, head) pairs below which the device would idle.
+        copied: Elements that an operand may hold where operands are copied, unless `pairs` asks for more.
+        viewed: The same where they are read in place, and only results take memory.
+    """
+
+    pairs: int
+    copied: int
+    viewed: int
 
 
 @dataclass(frozen=True)
@@ -112,12 +127,14 @@ class Bundle:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def pack(self, x: Tensor) -> Tensor:
-        """`read`, copied unless the rows are neighbours.
+        """`read`, copied where the rows lie pages apart.
 
-        Rows at a distance of pages compete for few sets of a cache: torch's CPU kernels lose up to 14 % on them,
-        forward and backward. The copy costs 1 %, and the call is small.
+        Torch's CPU kernels lose up to 14 % on such rows, forward and backward; the copy costs 1 %, and the call is
+        small.
         """
-        return self.read(x) if self.parts[0].step == 1 else self.read(x).contiguous()
+        rows = self.read(x)
+        aliased = self.parts[0].step > 1 and rows.stride(2) * rows.element_size() % PAGE == 0
+        return rows.contiguous() if aliased else rows
 
     def write(self, x: Tensor, rows: Tensor) -> None:
         """Store what `read` would give."""
@@ -164,7 +181,9 @@ class Call:
         return self.keys.parts[0].count > 0
 
 
-def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor | None, pairs: int) -> Iterator[Call]:
+def calls(
+    problem: Problem, branch: int, offsets: Sequence[int], index: Tensor | None, budget: Budget
+) -> Iterator[Call]:
     """The calls of one branch; no two of them share a (query, head).
 
     Args:
@@ -172,7 +191,7 @@ def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor |
         branch: Which branch.
         offsets: s_h of every head, -1 where a head is absent.
         index: Tokens by step, or None.
-        pairs: (batch, segment, head) pairs below which the device would idle.
+        budget: How large a call should be.
     """
     length, rate = problem.segment(branch), problem.branches[branch][1]
     whole, tail = divmod(problem.length, length)
@@ -185,16 +204,18 @@ def calls(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor |
         yield Call(side, side, problem.causal, False, 0, is_whole=True)
         return
 
-    workspace = problem.batch * problem.length * problem.heads * problem.head_dim // WORKSPACE_SHARE
+    distance = rate * problem.heads * problem.head_dim * DTYPE_BYTES[problem.dtype]
+    in_place = index is None and problem.dtype in ("fp32", "fp64") and distance % PAGE != 0
+    most = budget.viewed if in_place else budget.copied
     for start, segments, steps in ((0, whole, length), (whole * length, 1, tail)):
         if not segments or not steps:
             continue
         row_size = (steps if problem.queries == "all" else cdiv(steps, rate)) * problem.head_dim
         # Batch elements and segments are one dimension of a view where the segments fill the sequence.
         mergeable = segments == 1 or segments * steps == problem.length
-        for bundle in _bundles(runs, rate, steps, segments, row_size, pairs, workspace):
+        for bundle in _bundles(runs, rate, steps, segments, row_size, most, budget):
             heads = sum(run.heads for run in bundle)
-            together = max(cdiv(pairs, heads), workspace // (heads * row_size), 1)
+            together = max(cdiv(budget.pairs, heads), most // (heads * row_size), 1)
             samples = max(together // segments, 1) if mergeable else 1
             for sample in range(0, problem.batch, samples):
                 for first in range(0, segments, together):
@@ -264,16 +285,16 @@ def _part(heads: slice, first: int, count: int) -> slice:
 
 
 def _bundles(
-    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, pairs: int, workspace: int
+    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, most: int, budget: Budget
 ) -> Iterator[list[HeadRun]]:
-    """Runs that keep equally many rows of a segment: as much as the workspace holds and as the device needs."""
-    most = max(workspace // row_size, cdiv(pairs, segments), 1)
-    pieces = (piece for run in runs for piece in run.cut(most))
+    """Runs that keep equally many rows of a segment: one, or as many as the device needs and may be copied."""
+    heads = max(most // row_size, cdiv(budget.pairs, segments), 1)
+    pieces = (piece for run in runs for piece in run.cut(heads))
     for _, alike in groupby(pieces, key=lambda run: len(range(run.offset, steps, rate))):
         bundle: list[HeadRun] = []
         for run in alike:
-            heads = sum(run.heads for run in bundle)
-            if bundle and heads * segments >= pairs and (heads + run.heads) * segments * row_size > workspace:
+            pairs = segments * sum(run.heads for run in bundle)
+            if bundle and pairs >= budget.pairs and (pairs + segments * run.heads) * row_size > budget.copied:
                 yield bundle
                 bundle = []
             bundle.append(run)
