@@ -10,16 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from dilated_attention_pytorch import device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> int:
     """Run it in a process of its own, as its result file says to."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        return subprocess.call([sys.executable, "-m", "benchmarks.floor", str(RESULTS / f"floor_{name}.json")])
+    gpu = device.current()
+    if gpu is not None:
+        return subprocess.call([sys.executable, "-m", "benchmarks.floor", str(RESULTS / f"floor_{gpu.name}.json")])
     return subprocess.call([sys.executable, "-m", "benchmarks.cpu"])
 
 

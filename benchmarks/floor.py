@@ -1,6 +1,6 @@
 """The speed that must not be lost: one branch's forward on a GPU against cuDNN on packed segments, dilated or not.
 
-    python -m benchmarks.floor benchmarks/results/floor_h100.json
+    python -m benchmarks.floor RESULT.json
 
 A peer gets its best case: rows that somebody has already gathered into contiguous (segments, heads, rows, head_dim).
 Ours reads the rows where they lie, and at dilation 4 writes the zero rows of the steps that no branch keeps as well.

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 
 REPORT = "GPU_TEST_REPORT"
-"""Environment variable: where to write the report."""
+"""Environment variable: how the report's path begins; the GPU's name ends it."""
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Write the report once all workers are done."""
-    target = os.environ.get(REPORT)
-    if not target or os.environ.get("PYTEST_XDIST_WORKER"):
+    beginning = os.environ.get(REPORT)
+    if not beginning or os.environ.get("PYTEST_XDIST_WORKER"):
         return
     from benchmarks.environment import environment
+    from dilated_attention_pytorch import device
+
+    gpu = device.current()
+    target = f"{beginning}_{gpu.name if gpu else 'none'}.json"
 
     tests = {
         report.nodeid: {"outcome": report.outcome, **dict(report.user_properties)}
