@@ -199,7 +199,9 @@ def show(result: dict[str, object]) -> None:
             *(f"{row['peak_bytes'][who] / 2**20:.0f} MiB" for who in CONTENDERS),
             f"{row['memory_ratio']:.2f}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 110)  # a log has no width of its own
+    console.print(table)
 
 
 def main() -> None:

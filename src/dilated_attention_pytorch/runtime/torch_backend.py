@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import GRID_CAP, Problem
 from .torch_attention import Visibility, attend, attend_backward, unit_stride, upcast
-from .torch_calls import Budget, Call, calls
+from .torch_calls import Budget, Bundle, Call, calls
 
 if TYPE_CHECKING:
     from .arguments import HeadOffsets
@@ -53,25 +53,17 @@ def forward(
     q, k, v = unit_stride(q, k, v)
     out = None
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
-    by_row = lse.transpose(1, 2)  # [B, N, H]
     for place, branch_calls in enumerate(_branches(problem, offsets, index, _budget(q, pairs=1, copied=16))):
         for call in branch_calls:
-            rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
-            if call.is_whole and out is None:
+            if out is None and call.is_whole:
+                rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
                 out = _as_tensor(rows, q)
-                call.queries.write(by_row, row_lse)
+                call.queries.write(lse.transpose(1, 2), row_lse)
+                del rows, row_lse
                 continue
-            if out is None:
-                out = q.new_zeros(q.shape)
-            if place == 0:
-                call.queries.write(out, rows)
-                call.queries.write(by_row, row_lse)
-                continue
-            before = call.queries.read(by_row)
-            # exp(lse_b - logaddexp(lse, lse_b)); where both are -inf nothing changes.
-            weight = torch.sigmoid(row_lse - before).nan_to_num_(0.0)
-            call.queries.blend(out, rows, weight.unsqueeze(3))
-            call.queries.write(by_row, torch.logaddexp(before, row_lse))
+            out = q.new_zeros(q.shape) if out is None else out
+            merge = _store if place == 0 else _blend
+            merge(call.queries, out, lse, *_attend(call, problem, q, k, v, scale, mask))
     return q.new_zeros(q.shape) if out is None else out, lse
 
 
@@ -116,7 +108,7 @@ def backward(
                 branch_out, _ = _attend(call, problem, q, k, v, scale, mask)
             else:
                 branch_out = call.queries.read(out)
-            grads = attend_backward(
+            gradients = attend_backward(
                 call.queries.pack(q),
                 call.keys.pack(k),
                 call.keys.pack(v),
@@ -128,13 +120,31 @@ def backward(
                 _visibility(call, problem, mask, q.device),
             )
             if call.is_whole and not totals:
-                totals = [_as_tensor(grad, x) for grad, x in zip(grads, (q, k, v), strict=True)]
-                continue
-            totals = totals or [x.new_zeros(x.shape) for x in (q, k, v)]
-            for total, rows, grad in zip(totals, (call.queries, call.keys, call.keys), grads, strict=True):
-                rows.add(total, grad)
+                totals = [_as_tensor(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True)]
+            else:
+                totals = totals or [x.new_zeros(x.shape) for x in (q, k, v)]
+                call.queries.add(totals[0], gradients[0])
+                call.keys.add(totals[1], gradients[1])
+                call.keys.add(totals[2], gradients[2])
+            del branch_out, gradients  # before the next call makes its own
     dq, dk, dv = totals or [x.new_zeros(x.shape) for x in (q, k, v)]
     return dq, dk, dv
+
+
+def _store(queries: Bundle, out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor) -> None:
+    """The first branch's result."""
+    queries.write(out, rows)
+    queries.write(lse.transpose(1, 2), row_lse)
+
+
+def _blend(queries: Bundle, out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor) -> None:
+    """Mix a branch's result into what the branches before it gave, in place."""
+    by_row = lse.transpose(1, 2)
+    before = queries.read(by_row)
+    # exp(lse_b - logaddexp(lse, lse_b)); where both are -inf nothing changes.
+    weight = torch.sigmoid(row_lse - before).nan_to_num_(0.0)
+    queries.blend(out, rows, weight.unsqueeze(3))
+    queries.write(by_row, torch.logaddexp(before, row_lse))
 
 
 def _attend(
