@@ -147,6 +147,13 @@ CASES = (
 )
 
 
+DETACHED = (
+    Case(N=61, branches=((16, 2), (40, 3)), H=2, D=24),
+    Case(N=61, branches=((8, 1), (16, 2), (64, 4)), H=4, G=2, causal=True, mask=True, padding="zeros", dtype="fp16"),
+)
+"""Calls of several branches, whose mix is also held constant in the backward."""
+
+
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Tensors of a case, the same on every machine. The last of several batch elements is masked whole."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))

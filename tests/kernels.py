@@ -50,12 +50,17 @@ def poisoned_outputs() -> Iterator[None]:
 Config = LaunchConfig | Mapping[str, LaunchConfig] | None
 
 
-def run_kernels(case: Case, inputs: Inputs, config: Config = None, backend: str = "triton") -> Results:
-    """Forward and backward of a case through the public face, dlse included."""
+def run_kernels(
+    case: Case, inputs: Inputs, config: Config = None, *, backend: str = "triton", mix_grad: str = "exact"
+) -> Results:
+    """Forward and backward of a case through the public face, dlse included where the mix is exact."""
     q, k, v = (tensor.detach().requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v))
     with poisoned_outputs(), dap.options(config=config):
-        out, lse = dap.dilated_attention(q, k, v, **_given(case, inputs), return_lse=True, backend=backend)
-        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
+        out, lse = dap.dilated_attention(
+            q, k, v, **_given(case, inputs), return_lse=True, backend=backend, mix_grad=mix_grad
+        )
+        taken = [(out, inputs.dout), (lse, inputs.dlse)][: 1 if mix_grad == "detached" else 2]
+        dq, dk, dv = torch.autograd.grad([x for x, _ in taken], (q, k, v), [gradient for _, gradient in taken])
     return Results(out.detach(), lse.detach(), dq, dk, dv)
 
 

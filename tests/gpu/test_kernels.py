@@ -18,7 +18,7 @@ from dilated_attention_pytorch import reference
 from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.variant import Variant
 
-from ..cases import CASES, Case, make_inputs, oracle
+from ..cases import CASES, DETACHED, Case, make_inputs, oracle
 from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, run_ranges, variants_run
 from ..tolerances import Results, check_results
 
@@ -90,6 +90,14 @@ def test_head_dim(head_dim: int, precision: str, record: Callable[..., None]) ->
 def test_case_table(case: Case, record: Callable[..., None]) -> None:
     """Wrong rows, masks, offsets, merges or tails."""
     _run(case, case.dtype, record, dense=True)
+
+
+@pytest.mark.parametrize("case", DETACHED, ids=lambda case: case.id)
+def test_detached_mix(case: Case, record: Callable[..., None]) -> None:
+    """A delta of the merged output where each branch's own is due."""
+    inputs = make_inputs(case, "cuda")
+    actual = run_kernels(case, inputs, mix_grad="detached")
+    record(actual, oracle(case, inputs, mix_grad="detached"), case.dtype, dout=inputs.dout)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.variant import Variant
 
-from ..cases import CASES, Case, cases, make_inputs, oracle
+from ..cases import CASES, DETACHED, Case, cases, make_inputs, oracle
 from ..kernels import as_dtype, dense_formula, pattern_case, pattern_config, run_kernels, run_ranges, variants_run
 from ..tolerances import check_results
 
@@ -102,3 +102,11 @@ def test_launches_take_a_range_of_queries(case: Case) -> None:
     inputs = make_inputs(case)
     actual = run_ranges(case, inputs, (0, 1, 23, 40, case.N), TILES[0])
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.parametrize("case", DETACHED, ids=lambda case: case.id)
+def test_detached_mix(case: Case) -> None:
+    """A delta of the merged output where each branch's own is due."""
+    inputs = make_inputs(case)
+    actual = run_kernels(case, inputs, TILES[0], mix_grad="detached")
+    check_results(actual, oracle(case, inputs, mix_grad="detached"), case.dtype, dout=inputs.dout)

@@ -241,7 +241,6 @@ def test_every_workload_runs_on_every_gpu_that_knows_its_dtype(nothing: Database
         ({"head_dim": 20}, H100, TOOLCHAIN, "a multiple of 8 from 8 to 256, got 20"),
         ({"head_dim": 264}, H100, TOOLCHAIN, "got 264"),
         ({"positive_scale": False}, H100, TOOLCHAIN, "scale must be positive"),
-        ({"mix_grad": "detached"}, H100, TOOLCHAIN, "detached"),
     ],
 )
 def test_a_refusal_is_a_sentence(

@@ -78,6 +78,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch.
 
+    Where the mix is detached, delta is each branch's own, from its output computed again.
+
     Args:
         plan: The forward's.
         q: As in the forward; so are k, v, scale, index, mask and offsets.
@@ -99,13 +101,29 @@ def backward(
     shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
     delta = allocate(lse.shape, lse.dtype, lse.device)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
+    detached = plan.problem.mix_grad == "detached"
     with _on(q):
-        _launch(prepared_delta(shared, dlse), DELTA)
+        if not detached:
+            _launch(prepared_delta(shared, dlse), DELTA)
         for place, branch in enumerate(plan.branches):
             values = branch_values(plan.problem, branch, place, offsets, shared)
+            if detached:
+                _launch_branch_delta(branch, values)
             for choice in (branch.dkdv, branch.dq):
                 _launch(prepared(choice, values), choice.config)
     return dq, dk, dv
+
+
+def _launch_branch_delta(branch: BranchPlan, values: Mapping[str, Any]) -> None:
+    """delta of one branch, where the weights that mix the branches are constants: its own output takes out's place."""
+    out, lse = values["p_out"], values["p_lse"]
+    alone = {
+        "p_out": allocate(out.shape, out.dtype, out.device),
+        "p_lse": allocate(lse.shape, lse.dtype, lse.device),
+        "MERGE": False,
+    }
+    _launch(prepared(branch.fwd, {**values, **alone}), branch.fwd.config)
+    _launch(prepared_delta({**values, "p_out": alone["p_out"]}, None), DELTA)
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -50,8 +50,6 @@ def _of_problem(problem: Problem, device: Device | None) -> Iterator[str]:
         yield "kernels take the largest product for the largest score, so scale must be positive"
     if problem.dropout:
         yield "dropout has no kernel yet"
-    if problem.mix_grad == "detached":
-        yield 'mix_grad="detached" has no kernel yet; backend="torch" has it'
 
 
 def _compiles_for(arch: str) -> bool:
