@@ -53,7 +53,7 @@ def forward(
     q, k, v = unit_stride(q, k, v)
     out = None
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
-    for place, branch_calls in enumerate(_branches(problem, offsets, index, _budget(q, pairs=1, copied=16))):
+    for place, branch_calls in enumerate(_branches(problem, offsets, index, _budget(q, pairs=1, share=8))):
         for call in branch_calls:
             if out is None and call.is_whole:
                 rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
@@ -100,7 +100,7 @@ def backward(
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
-    for branch_calls in _branches(problem, offsets, index, _budget(q, pairs=2, copied=8)):
+    for branch_calls in _branches(problem, offsets, index, _budget(q, pairs=2, share=8)):
         for call in branch_calls:
             if not call.has_keys:
                 continue
@@ -189,13 +189,13 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, heads)
 
 
-def _budget(q: Tensor, *, pairs: int, copied: int) -> Budget:
-    """Calls of so many pairs a thread at least, and of an n-th of q where their operands are copied, else a quarter.
+def _budget(q: Tensor, *, pairs: int, share: int) -> Budget:
+    """Calls of so many pairs a thread at least, and of one in `share` of q where their operands are copied, else two.
 
     Torch's forward kernel also divides the rows of a pair among threads, the backward does not.
     """
     pairs = pairs * torch.get_num_threads() if q.device.type == "cpu" else GRID_CAP
-    return Budget(pairs, q.numel() // copied, q.numel() // 4)
+    return Budget(pairs, q.numel() // share, 2 * q.numel() // share)
 
 
 def _branches(problem: Problem, offsets: HeadOffsets, index: Tensor | None, budget: Budget) -> Iterator[Iterator[Call]]:
