@@ -68,8 +68,8 @@ prove: $(SETUP)
 
 gpu-test: $(SETUP)
 	$(call need,$(TESTS) triton)
-	GPU_TEST_REPORT=$(RESULTS)/gpu_tests $(PY) -m pytest -q -n auto -m "gpu and not large"
-	GPU_TEST_REPORT=$(RESULTS)/gpu_tests_large $(PY) -m pytest -q -m "gpu and large"
+	GPU_TEST_REPORT=$(RESULTS)/gpu_tests $(PY) -m pytest -q -n auto -m "gpu and not large" tests/gpu
+	GPU_TEST_REPORT=$(RESULTS)/gpu_tests_large $(PY) -m pytest -q -m "gpu and large" tests/gpu
 
 python:
 	@echo $(PY)
