@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from torch import Tensor
 
 import dilated_attention_pytorch as dap
 from benchmarks import composition
+from benchmarks.environment import environment
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.workloads import named
 
@@ -139,12 +138,6 @@ def problem_of(place: int) -> Problem:
     return named(name).problem(dtype="fp32", causal=causal)
 
 
-def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def measure(rounds: int, threads: int) -> dict[str, object]:
     """Everything: environment and one row for each call and mode."""
     rows: list[dict[str, object]] = []
@@ -172,11 +165,8 @@ def measure(rounds: int, threads: int) -> dict[str, object]:
             )
     return {
         "environment": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
+            **environment(),
             "threads": threads,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
             "dtype": "fp32",
             "rounds": rounds,
             "command": f"python -m benchmarks.cpu --rounds {rounds} --threads {threads}",
