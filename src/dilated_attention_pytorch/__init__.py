@@ -6,6 +6,8 @@ lays tokens along a curve.
 
 from .config import LaunchConfig as LaunchConfig
 from .errors import DilatedAttentionError as DilatedAttentionError
+from .modules import DilatedAttention as DilatedAttention
+from .modules import MultiheadDilatedAttention as MultiheadDilatedAttention
 from .order import TokenOrder as TokenOrder
 from .order import create_hilbert_mapping as create_hilbert_mapping
 from .runtime.api import dilated_attention as dilated_attention
@@ -15,8 +17,10 @@ from .runtime.options import options as options
 __version__ = "0.1.0"
 
 __all__ = [
+    "DilatedAttention",
     "DilatedAttentionError",
     "LaunchConfig",
+    "MultiheadDilatedAttention",
     "TokenOrder",
     "create_hilbert_mapping",
     "dilated_attention",
