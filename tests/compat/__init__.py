@@ -1,0 +1,1 @@
+"""Tests of `dilated_attention_pytorch.compat`."""
