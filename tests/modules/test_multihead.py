@@ -14,6 +14,11 @@ SIZES = {"embed_dim": 48, "num_heads": 6, "dilation_rates": [2, 3], "segment_len
 LINEAR = [f"{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")]
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def test_the_state_dict_is_the_peers() -> None:
     """A checkpoint that does not load."""
     out = ["out_proj.weight", "out_proj.bias"]
