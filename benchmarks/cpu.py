@@ -1,13 +1,16 @@
 """`python -m benchmarks.cpu`: the torch backend beside a careful composition of torch's own operations, on a CPU.
 
-Both are first compared with each other. Times are medians of rounds in which the two take turns, so that a busy or
-throttled machine slows both; each peak is the resident memory that a fresh process adds to its inputs.
+Both are first compared with each other. Times are medians of rounds in which the contenders take turns in a drawn
+sequence, so that a busy or throttled machine slows all. The composition takes part twice: how far its two medians lie
+apart is what this machine cannot tell. Each ratio has a 95 % bootstrap interval over the rounds; each peak is the
+resident memory that a fresh process adds to its inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -31,6 +34,7 @@ CALLS = (("readme", False), ("readme", True), ("longvit", False))
 """(workload, causal), in float32."""
 MODES = ("forward", "forward+backward")
 CONTENDERS = ("ours", "composition")
+AGAIN = "composition again"
 AGREEMENT = 1e-5
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,17 +88,36 @@ def disagreement(problem: Problem) -> float:
 
 
 def interleaved(problem: Problem, mode: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round by contender; who goes first alternates."""
+    """Seconds of each round by contender; each round's sequence is drawn (seeded)."""
     tensors = inputs(problem)
     contenders = {name: attention(name, problem) for name in CONTENDERS}
+    contenders[AGAIN] = contenders["composition"]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    draw = random.Random(0)
     for place in range(-1, rounds):
-        for name in CONTENDERS if place % 2 else CONTENDERS[::-1]:
+        for name in draw.sample(list(contenders), len(contenders)):
             start = time.perf_counter()
             run(contenders[name], mode, *tensors)
             if place >= 0:  # the round before is for warming up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    """Median of ours over the median of the composition's, of both its turns."""
+    return statistics.median(seconds["ours"]) / statistics.median(seconds["composition"] + seconds[AGAIN])
+
+
+def interval(seconds: dict[str, list[float]], draws: int = 2000) -> tuple[float, float]:
+    """Bounds of 95 % of the ratios of as many rounds, drawn again with replacement (seeded)."""
+    draw = random.Random(0)
+    count = len(seconds["ours"])
+    ratios = []
+    for _ in range(draws):
+        rounds = draw.choices(range(count), k=count)
+        ratios.append(ratio({name: [values[place] for place in rounds] for name, values in seconds.items()}))
+    ratios.sort()
+    return ratios[draws // 40], ratios[-1 - draws // 40]
 
 
 def resident(field: str) -> int:
@@ -150,13 +173,16 @@ def measure(rounds: int, threads: int) -> dict[str, object]:
             seconds = interleaved(problem, mode, rounds)
             peaks = {who: in_fresh_process(place, who, mode, threads) for who in CONTENDERS}
             medians = {who: statistics.median(values) for who, values in seconds.items()}
+            low, high = interval(seconds)
             rows.append(
                 {
                     "workload": name,
                     "causal": causal,
                     "mode": mode,
                     "median_s": {who: round(value, 4) for who, value in medians.items()},
-                    "time_ratio": round(medians["ours"] / medians["composition"], 3),
+                    "time_ratio": round(ratio(seconds), 3),
+                    "time_ratio_95": [round(low, 3), round(high, 3)],
+                    "noise": round(medians[AGAIN] / medians["composition"], 3),
                     "peak_bytes": peaks,
                     "memory_ratio": round(peaks["ours"] / peaks["composition"], 3),
                     "disagreement": float(f"{difference:.1e}"),
@@ -178,14 +204,27 @@ def measure(rounds: int, threads: int) -> dict[str, object]:
 def show(result: dict[str, object]) -> None:
     """Print the table."""
     table = Table(title="torch backend against gather, SDPA, scatter and mix (CPU, fp32)")
-    for column in ("workload", "what", "ours", "composition", "time ratio", "ours", "composition", "memory ratio"):
+    for column in (
+        "workload",
+        "what",
+        "ours",
+        "composition",
+        "ratio",
+        "95 %",
+        "itself",
+        "memory",
+        "composition",
+        "ratio",
+    ):
         table.add_column(column, justify="left" if column in ("workload", "what") else "right")
     for row in result["rows"]:  # type: ignore[attr-defined]
         table.add_row(
             row["workload"] + (" causal" if row["causal"] else ""),
             row["mode"],
             *(f"{row['median_s'][who]:.3f} s" for who in CONTENDERS),
-            f"{row['time_ratio']:.2f}",
+            f"{row['time_ratio']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["time_ratio_95"]),
+            f"{row['noise']:.3f}",
             *(f"{row['peak_bytes'][who] / 2**20:.0f} MiB" for who in CONTENDERS),
             f"{row['memory_ratio']:.2f}",
         )
