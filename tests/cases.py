@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from dilated_attention_pytorch import reference
 from dilated_attention_pytorch.config import Problem, head_offsets
 from dilated_attention_pytorch.order import TokenOrder
+from dilated_attention_pytorch.reference import DropoutMask
+from dilated_attention_pytorch.runtime.dropout import Dropout
 
 from .tolerances import Results
 
@@ -40,6 +43,7 @@ class Case:
     causal: bool = False
     mask: bool = False
     padding: str = "none"
+    dropout: float = 0.0
     dtype: str = "fp32"
 
     @property
@@ -59,6 +63,7 @@ class Case:
         parts += [
             word for word, on in (("all", self.queries == "all"), ("causal", self.causal), ("mask", self.mask)) if on
         ]
+        parts += [f"drop{self.dropout:g}"] if self.dropout else []
         return "-".join([*parts, self.dtype])
 
     @property
@@ -84,6 +89,7 @@ class Case:
             order="none" if self.order == "none" else "hilbert",
             causal=self.causal,
             mask=self.mask,
+            dropout=self.dropout > 0.0,
             padding=self.padding,
         )
 
@@ -144,10 +150,19 @@ CASES = (
     Case(N=61, branches=((16, 3), (40, 4)), padding="zeros", head_offset="blocked", B=2, D=48, dtype="fp16"),
     Case(N=61, branches=((16, 5),), padding="zeros", mask=True, B=2, queries="all"),
     Case(N=31, branches=((8, 3),), padding="zeros", causal=True, order="random"),  # causal: phantoms are trailing
+    # Dropout, with everything that moves tokens, heads or keys.
+    Case(N=61, branches=((16, 3),), B=2, dropout=0.1),
+    Case(N=61, branches=((16, 1), (40, 3)), B=2, H=6, G=2, causal=True, mask=True, dropout=0.5, dtype="fp64"),
+    Case(
+        N=67, branches=((20, 4), (99, 2)), queries="all", order="random", causal=True, D=48, dropout=0.3, dtype="bf16"
+    ),
+    Case(N=70, branches=((32, 2), (32, 2)), order="snake", padding="zeros", head_offset="zero", dropout=0.2),
+    Case(N=52, branches=((13, 4), (30, 6)), head_offset=((0, -1, 3, 2), (-1, -1, 5, 0)), order="hilbert", dropout=0.9),
 )
 
 
 DETACHED = (
+    Case(N=61, branches=((16, 2), (40, 3)), H=2, order="random", dropout=0.4),
     Case(N=61, branches=((16, 2), (40, 3)), H=2, D=24),
     Case(N=61, branches=((8, 1), (16, 2), (64, 4)), H=4, G=2, causal=True, mask=True, padding="zeros", dtype="fp16"),
 )
@@ -187,6 +202,19 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     )
 
 
+def seeded_dropout(case: Case, device: str | torch.device = "cpu") -> Dropout | None:
+    """The dropout of a case. Torch's generators are left where the next call draws this very seed again."""
+    torch.manual_seed(1234)
+    dropout = Dropout.draw(case.dropout, torch.device(device))
+    torch.manual_seed(1234)
+    return dropout
+
+
+def dropout_mask(case: Case, dropout: Dropout | None) -> DropoutMask | None:
+    """What the oracle multiplies the probabilities of each branch with."""
+    return None if dropout is None else partial(dropout.multipliers, case.problem)
+
+
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Keyword arguments of `reference.dilated_attention` for a case."""
     offset = case.head_offset if isinstance(case.head_offset, str) else torch.tensor(case.head_offset)
@@ -205,7 +233,9 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
 def oracle(case: Case, inputs: Inputs, *, mix_grad: str = "exact") -> Results:
     """The reference's out, lse and gradients, all float64; dlse takes part where mix_grad is "exact"."""
     q, k, v = (x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    out, lse = reference.dilated_attention(q, k, v, **arguments(case, inputs), mix_grad=mix_grad)
+    multipliers = dropout_mask(case, seeded_dropout(case, q.device))
+    given = arguments(case, inputs)
+    out, lse = reference.dilated_attention(q, k, v, **given, mix_grad=mix_grad, dropout_mask=multipliers)
     # The zero keeps the graph whole where no step is kept.
     objective = (out * inputs.dout.double()).sum() + 0.0 * (q.sum() + k.sum() + v.sum())
     if mix_grad == "exact":
@@ -240,5 +270,6 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("fp32",), max_length: int 
         causal=draw(st.booleans()),
         mask=draw(st.booleans()),
         padding=draw(st.sampled_from(("none", "zeros"))),
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.3))),
         dtype=draw(st.sampled_from(dtypes)),
     )

@@ -17,11 +17,12 @@ from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_tw
 from dilated_attention_pytorch.device import current
 from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.dropout import Dropout
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import plan
 from dilated_attention_pytorch.variant import Variant
 
-from .cases import Case, Inputs, arguments
+from .cases import Case, Inputs, arguments, dropout_mask, seeded_dropout
 from .dense import dense_attention
 from .tolerances import Results
 
@@ -55,10 +56,10 @@ def run_kernels(
 ) -> Results:
     """Forward and backward of a case through the public face, dlse included where the mix is exact."""
     q, k, v = (tensor.detach().requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v))
+    seeded_dropout(case, q.device)
+    given = _given(case, inputs) | {"dropout_p": case.dropout}
     with poisoned_outputs(), dap.options(config=config):
-        out, lse = dap.dilated_attention(
-            q, k, v, **_given(case, inputs), return_lse=True, backend=backend, mix_grad=mix_grad
-        )
+        out, lse = dap.dilated_attention(q, k, v, **given, return_lse=True, backend=backend, mix_grad=mix_grad)
         taken = [(out, inputs.dout), (lse, inputs.dlse)][: 1 if mix_grad == "detached" else 2]
         dq, dk, dv = torch.autograd.grad([x for x, _ in taken], (q, k, v), [gradient for _, gradient in taken])
     return Results(out.detach(), lse.detach(), dq, dk, dv)
@@ -85,7 +86,10 @@ def as_dtype(case: Case, **dtypes: str) -> Case:
 def dense_formula(case: Case, inputs: Inputs) -> Results:
     """The dense formula evaluated in the case's dtype: what rounding alone costs. Memory goes with N²."""
     host = Inputs(*(None if tensor is None else tensor.cpu() for tensor in inputs))
-    results = dense_attention(host.q, host.k, host.v, **arguments(case, host), dout=host.dout, dlse=host.dlse)
+    dropout = seeded_dropout(case, inputs.q.device)
+    dropped = dropout_mask(case, dropout and Dropout(dropout.p, dropout.seed.cpu()))
+    given = arguments(case, host) | {"dout": host.dout, "dlse": host.dlse, "dropout_mask": dropped}
+    results = dense_attention(host.q, host.k, host.v, **given)
     return Results(*(tensor.to(inputs.q.device) for tensor in results))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import reference
 
-from .cases import CASES, Case, Inputs, arguments, cases, make_inputs, oracle
+from .cases import CASES, Case, Inputs, arguments, cases, dropout_mask, make_inputs, oracle, seeded_dropout
 from .dense import dense_attention
 from .tolerances import Results, check_results
 
@@ -28,9 +28,8 @@ def double(inputs: Inputs) -> Inputs:
 def compare(case: Case, mix_grad: str = "exact") -> None:
     """Oracle and dense formulation agree on out, lse and all gradients, dlse included."""
     inputs = double(make_inputs(case))
-    dense = dense_attention(
-        *inputs[:3], **arguments(case, inputs), dout=inputs.dout, dlse=inputs.dlse, mix_grad=mix_grad
-    )
+    given = arguments(case, inputs) | {"dropout_mask": dropout_mask(case, seeded_dropout(case))}
+    dense = dense_attention(*inputs[:3], **given, dout=inputs.dout, dlse=inputs.dlse, mix_grad=mix_grad)
     check_results(oracle(case, inputs, mix_grad=mix_grad), dense, "fp64", dout=inputs.dout)
 
 

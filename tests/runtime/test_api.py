@@ -21,7 +21,7 @@ from dilated_attention_pytorch.runtime import launch, torch_backend
 from dilated_attention_pytorch.runtime.arguments import resolve
 from dilated_attention_pytorch.runtime.plan import Plan
 
-from ..cases import CASES, Case, Inputs, arguments, make_inputs, oracle
+from ..cases import CASES, Case, Inputs, arguments, make_inputs, oracle, seeded_dropout
 from ..tolerances import TOLERANCES, Results, check, check_results
 
 PLAIN = Case(N=61, branches=((16, 3), (40, 2)), B=2, H=6, G=2, D=8)
@@ -34,7 +34,9 @@ Function = Callable[..., Any]
 def run(case: Case, inputs: Inputs, **more: Any) -> Results:
     """Forward and backward through the public function, dlse included."""
     q, k, v = leaves(inputs)
-    out, lse = dap.dilated_attention(q, k, v, **arguments(case, inputs), return_lse=True, **more)
+    seeded_dropout(case)
+    given = arguments(case, inputs) | {"dropout_p": case.dropout}
+    out, lse = dap.dilated_attention(q, k, v, **given, return_lse=True, **more)
     # Nothing is left of a graph where no step is kept at all.
     gradients = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
     assert lse.dtype == inputs.dlse.dtype
@@ -379,26 +381,6 @@ def test_autocast_leaves_float64() -> None:
 
 
 # ---- What no backend has, and what one alone has ---------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize("function", [dap.dilated_attention, dap.explain], ids=["run", "explain"])
-@pytest.mark.parametrize(
-    ("backend", "start"),
-    [
-        (None, "no backend takes this; triton: "),
-        ("triton", "the triton backend refuses: "),
-        ("torch", "the torch backend refuses: "),
-        ("reference", "the reference backend refuses: "),
-    ],
-)
-def test_dropout_is_refused_and_not_ignored(function: Function, backend: str | None, start: str) -> None:
-    """A model that trains without the dropout it was given."""
-    with pytest.raises(UnsupportedError) as raised:
-        function(**GIVEN, dropout_p=0.1, backend=backend)
-    assert str(raised.value).startswith(start)
-    if backend != "triton":
-        assert "set dropout_p=0" in str(raised.value)
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])

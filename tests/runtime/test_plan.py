@@ -256,11 +256,10 @@ def test_a_refusal_is_a_sentence(
         plan(asked, on, "triton", toolchain=toolchain, committed=nothing)
 
 
-@pytest.mark.parametrize("changes", [{"dropout": True}, {"query_range": (3, 9)}])
-def test_what_no_backend_takes_is_refused_with_every_reason(nothing: Database, changes: dict[str, object]) -> None:
+def test_what_no_backend_takes_is_refused_with_every_reason(nothing: Database) -> None:
     """The last rung would compute something else than was asked for."""
-    asked = replace(PROBLEM, dtype="fp64", **changes)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match=r"no backend takes this; triton: .*float64.*; torch: it (drops|comp)"):
+    asked = replace(PROBLEM, dtype="fp64", query_range=(3, 9))
+    with pytest.raises(UnsupportedError, match=r"no backend takes this; triton: .*float64.*; torch: it computes"):
         plan(asked, None, toolchain=TOOLCHAIN, committed=nothing)
     for backend in ("torch", "reference"):
         with pytest.raises(UnsupportedError, match=f"the {backend} backend refuses: it "):

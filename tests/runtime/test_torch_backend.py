@@ -18,7 +18,7 @@ from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.plan import Plan
 from dilated_attention_pytorch.runtime.torch_calls import head_runs
 
-from ..cases import CASES, Case, Inputs, cases, make_inputs, oracle
+from ..cases import CASES, Case, Inputs, cases, make_inputs, oracle, seeded_dropout
 from ..tolerances import Results, check_results
 
 RAGGED = Case(N=61, branches=((16, 3), (40, 2)), B=2, H=6, G=2, D=8)
@@ -34,6 +34,7 @@ def run(case: Case, inputs: Inputs, *, mix_grad: str = "exact", with_dlse: bool 
         "index": inputs.order,
         "mask": inputs.mask,
         "offsets": HeadOffsets(case.offsets),
+        "dropout": seeded_dropout(case, inputs.q.device),
     }
     q, k, v, dout, dlse = inputs[:5]
     out, lse = torch_backend.forward(plan, q, k, v, **options)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .. import device as devices
 from .. import reference
 from ..order import TokenOrder
-from . import options as option_values
-from .arguments import Call, autocasts, resolve
+from . import graph
+from .arguments import Call, autocasts
+from .decide import decide
+from .dropout import Dropout
 from .function import HilbertAttentionFunction
-from .plan import Plan, plan
+from .plan import Plan
 
 
 @overload
@@ -112,28 +114,28 @@ def dilated_attention(
         UnsupportedError: The backend refuses this problem, with every reason.
     """
     q, k, v = _autocast(q, k, v)
-    call, chosen = _planned(
-        q,
-        k,
-        v,
-        segment_lengths,
-        dilation_rates,
-        backend=backend,
-        queries=queries,
-        head_offset=head_offset,
-        order=order,
-        is_causal=is_causal,
-        key_padding_mask=key_padding_mask,
-        dropout_p=dropout_p,
-        scale=scale,
-        padding=padding,
-        mix_grad=mix_grad,
-    )
+    words: dict[str, Any] = {
+        "backend": backend,
+        "queries": queries,
+        "head_offset": head_offset,
+        "order": order,
+        "is_causal": is_causal,
+        "key_padding_mask": key_padding_mask,
+        "dropout_p": dropout_p,
+        "scale": scale,
+        "padding": padding,
+        "mix_grad": mix_grad,
+    }
+    if graph.is_traced(q):
+        out, lse = graph.attend(q, k, v, segment_lengths, dilation_rates, **words)
+        return (out, lse) if return_lse else out
+    call, chosen = decide(q, k, v, segment_lengths, dilation_rates, **words)
+    dropout = Dropout.draw(call.dropout_p, q.device)
     if chosen.backend == "reference":
-        out, lse = _reference(q, k, v, call)
+        out, lse = _reference(q, k, v, call, dropout)
     else:
         q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        given = chosen, call.scale, call.index, call.mask, call.offsets
+        given = chosen, call.scale, call.index, call.mask, call.offsets, dropout
         out, lse = HilbertAttentionFunction.apply(q, k, v, *given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
@@ -168,7 +170,7 @@ def explain(
     """
     del return_lse  # the kernels always write it
     q, k, v = _autocast(q, k, v)
-    return _planned(
+    return decide(
         q,
         k,
         v,
@@ -187,25 +189,6 @@ def explain(
     )[1]
 
 
-def _planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_lengths: int | Sequence[int],
-    dilation_rates: int | Sequence[int],
-    *,
-    backend: str | None,
-    **arguments: object,
-) -> tuple[Call, Plan]:
-    chosen = option_values.current()
-    deterministic = chosen.deterministic
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    call = resolve(q, k, v, segment_lengths, dilation_rates, deterministic=deterministic, **arguments)  # type: ignore[arg-type]
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return call, plan(call.problem, devices.current(q.device), backend, chosen, backward=backward)
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As `scaled_dot_product_attention` under autocast: to the lower precision."""
     first = tensors[0]
@@ -216,7 +199,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts, strict=True))
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
     problem = call.problem
     out, lse = reference.dilated_attention(
         q,
@@ -232,5 +215,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Ten
         scale=call.scale,
         padding=problem.padding,
         mix_grad=problem.mix_grad,
+        dropout_mask=None if dropout is None else partial(dropout.multipliers, problem),
     )
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()

@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 import threading
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ class Call:
         index: Steps -> tokens, int32 (N,) on the device, None without an order.
         mask: Key padding mask (B, N) bool, True = take part.
         offsets: Head offsets.
+        dropout_p: Probability with which an attention weight is dropped.
     """
 
     problem: Problem
@@ -55,6 +56,7 @@ class Call:
     index: Tensor | None
     mask: Tensor | None
     offsets: HeadOffsets
+    dropout_p: float
 
 
 def resolve(
@@ -80,19 +82,11 @@ def resolve(
     Raises:
         ArgumentError, ArgumentTypeError, OrderError: The first argument that is wrong, the rule and the remedy.
     """
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     branches = _branches(segment_lengths, dilation_rates)
-    for label, word, words in (
-        ("queries", queries, QUERIES),
-        ("padding", padding, ("none", "zeros")),
-        ("mix_grad", mix_grad, ("exact", "detached")),
-    ):
-        if word not in words:
-            raise ArgumentError(f"{label} must be {' or '.join(map(repr, words))}, got {word!r}")
-    if not isinstance(is_causal, bool):
-        raise ArgumentTypeError(f"is_causal must be True or False, got {is_causal!r}")
+    check_words({"queries": queries, "padding": padding, "mix_grad": mix_grad, "is_causal": is_causal})
     dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -130,7 +124,7 @@ def resolve(
         tf32=q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
         deterministic=deterministic,
     )
-    return Call(problem, scale, index, mask, _head_offsets(head_offset, heads, branches, q.device))
+    return Call(problem, scale, index, mask, _head_offsets(head_offset, heads, branches, q.device), dropout_p)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -138,7 +132,17 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_words(given: Mapping[str, object]) -> None:
+    """Refuse arguments that are no word of their vocabulary."""
+    for label, words in (("queries", QUERIES), ("padding", ("none", "zeros")), ("mix_grad", ("exact", "detached"))):
+        if given[label] not in words:
+            raise ArgumentError(f"{label} must be {' or '.join(map(repr, words))}, got {given[label]!r}")
+    if not isinstance(given["is_causal"], bool):
+        raise ArgumentTypeError(f"is_causal must be True or False, got {given['is_causal']!r}")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors whose kinds, dtypes, devices or shapes do not go together."""
     for label, tensor, shape in (("q", q, "(B, N, H, D)"), ("k", k, "(B, N, G, D)"), ("v", v, "(B, N, G, D)")):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(f"{label} must be a tensor {shape}, got {type(tensor).__name__}")

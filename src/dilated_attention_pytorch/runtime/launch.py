@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import generated
 from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
 from .arguments import HeadOffsets
+from .dropout import Dropout
 from .plan import BranchPlan, Choice, Plan
 
 DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
@@ -32,6 +33,7 @@ def forward(
     index: Tensor | None,
     mask: Tensor | None,
     offsets: HeadOffsets,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward launches of a plan.
 
@@ -44,6 +46,7 @@ def forward(
         index: Steps -> tokens, int32 (N,), where the order is read and not computed.
         mask: (B, N) bool, True = take part.
         offsets: First kept steps of the heads.
+        dropout: What drops attention probabilities, or None.
 
     Returns:
         out like q but contiguous, lse (B, H, rows of q) in float32.
@@ -52,7 +55,7 @@ def forward(
     lse = allocate((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
     if out.numel() == 0:
         return out, lse
-    shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v)
+    shared = shared_values(plan.problem, scale, index, mask, dropout, q=q, k=k, v=v)
     shared.update(p_out=out, p_lse=lse)
     with _on(q):
         for place, branch in enumerate(plan.branches):
@@ -75,6 +78,7 @@ def backward(
     index: Tensor | None,
     mask: Tensor | None,
     offsets: HeadOffsets,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch.
 
@@ -82,7 +86,7 @@ def backward(
 
     Args:
         plan: The forward's.
-        q: As in the forward; so are k, v, scale, index, mask and offsets.
+        q: As in the forward; so are k, v, scale, index, mask, offsets and dropout.
         out: What the forward returned.
         lse: What the forward returned.
         dout: Gradient of out, any strides; expanded ones are read as they are.
@@ -98,7 +102,7 @@ def backward(
         dv.zero_()
     if dq.numel() == 0:
         return dq, dk, dv
-    shared = shared_values(plan.problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
+    shared = shared_values(plan.problem, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     delta = allocate(lse.shape, lse.dtype, lse.device)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
     detached = plan.problem.mix_grad == "detached"
@@ -137,7 +141,12 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def shared_values(
-    problem: Problem, scale: float, index: Tensor | None, mask: Tensor | None, **strided: Tensor
+    problem: Problem,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    dropout: Dropout | None,
+    **strided: Tensor,
 ) -> dict[str, Any]:
     """What all branches of a call pass, by the names of the kernels' glossary."""
     units = [stride for tensor in strided.values() for stride in tensor.stride()[:3]]
@@ -163,12 +172,16 @@ def shared_values(
         "row_width": problem.row_width,
         "prefix": problem.prefix,
         "scale": scale,
+        "p_seed": None if dropout is None else dropout.seed,
+        "dropped": 0 if dropout is None else dropout.threshold,
+        "kept_scale": 1.0 if dropout is None else dropout.kept_scale,
         "HEAD_DIM": problem.head_dim,
         "BLOCK_D": max(next_power_of_two(problem.head_dim), 16),
         "UNIT": unit,
         "GROUP": problem.heads // problem.kv_heads,
         "IS_CAUSAL": problem.causal,
         "HAS_MASK": mask is not None,
+        "HAS_DROPOUT": dropout is not None,
         "HAS_PHANTOMS": problem.padding == "zeros" and not problem.causal,
         "HEAD_OFFSET": problem.head_offset,
         "PRECISION": "tf32" if problem.tf32 else "ieee",
@@ -184,6 +197,7 @@ def branch_values(
     return {
         **shared,
         "p_offsets": None if offsets.table is None else offsets.table[branch.branch],
+        "branch": branch.branch,
         "first_segment": first_segment,
         "n_segments": cdiv(last, branch.segment) - first_segment,
         "SEGMENT": branch.segment,

@@ -85,6 +85,11 @@ class Plan:
     refusals: tuple[tuple[str, str], ...]
     rung: str
 
+    @property
+    def mix_grad(self) -> str:
+        """ "exact" or "detached", as in the call."""
+        return self.problem.mix_grad
+
     def explain(self, *, backward: bool = True) -> str:
         """The whole story: backend, text, configuration, rung and evidence of each launch, and why nothing else.
 

@@ -23,8 +23,6 @@ def refusals(problem: Problem, device: Device | None, toolchain: Toolchain) -> t
 def torch_refusals(problem: Problem) -> tuple[str, ...]:
     """Every reason why the torch backend, and the reference with it, refuses a problem; empty where they take it."""
     reasons = []
-    if problem.dropout:
-        reasons.append("it drops no attention probabilities; set dropout_p=0")
     if problem.query_range is not None:
         reasons.append(f"it computes all queries of a sequence, not the range {problem.query_range}")
     return tuple(reasons)
@@ -48,8 +46,6 @@ def _of_problem(problem: Problem, device: Device | None) -> Iterator[str]:
         yield f"head_dim must be a multiple of 8 from 8 to 256, got {problem.head_dim}: pad q, k and v with zeros"
     if not problem.positive_scale:
         yield "kernels take the largest product for the largest score, so scale must be positive"
-    if problem.dropout:
-        yield "dropout has no kernel yet"
 
 
 def _compiles_for(arch: str) -> bool:

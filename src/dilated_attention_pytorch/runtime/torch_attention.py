@@ -13,11 +13,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .dropout import Dropout
+
 SCORES = 1 << 22
 """Scores that the chunked products hold at a time; a single row of queries may hold more."""
 
 FAR = -1e30
 """Score of a masked key: finite, because torch's kernels multiply it, and below any score that inputs can reach."""
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Which pairs dropout drops: of an attention (X, heads, rows), or still of a whole branch (B, N, heads).
+
+    Attributes:
+        dropout: Decides from what follows.
+        queries: Bits of the queries, two tensors.
+        keys: Bits of the key tokens.
+    """
+
+    dropout: Dropout
+    queries: tuple[Tensor, Tensor]
+    keys: Tensor
+
+    def masked(self, x: Tensor, rows: slice) -> Tensor:
+        """x (X, heads, chunk, Lk) times 1/(1-p) where a pair is kept and 0 where it is dropped."""
+        first, second = (bits[:, :, rows].unsqueeze(3) for bits in self.queries)
+        kept = self.dropout.kept(first, second, self.keys.unsqueeze(2))
+        return (x * self.dropout.kept_scale).masked_fill_(kept.logical_not_(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -28,11 +51,13 @@ class Visibility:
         causal: Key row j ≤ query row i.
         tokens: Query tokens (X, heads, Lq) and key tokens (X, heads, Lk): key token ≤ query token.
         keys: (X, heads, Lk) bool, True = may be seen.
+        drops: Pairs that count in the softmax and then are dropped.
     """
 
     causal: bool = False
     tokens: tuple[Tensor, Tensor] | None = None
     keys: Tensor | None = None
+    drops: Drops | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, see: Visibility) -> tuple[Tensor, Tensor]:
@@ -83,7 +108,7 @@ def attend_backward(
 
 def has_kernel(q: Tensor, see: Visibility) -> bool:
     """Torch has a kernel that returns lse and whose backward takes it."""
-    return q.device.type == "cpu" and see.tokens is None
+    return q.device.type == "cpu" and see.tokens is None and see.drops is None
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -131,6 +156,8 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, scale: float, see: Visibility) -> 
         weights = scores.sub_(peak).exp_()
         total = weights.sum(dim=3, keepdim=True)
         lse[:, :, rows] = (peak + total.log()).squeeze(3)
+        if see.drops is not None:
+            weights = see.drops.masked(weights, rows)
         out[:, :, rows] = (weights @ v).div_(total.masked_fill_(total == 0, 1.0))
     return out, lse
 
@@ -154,10 +181,14 @@ def _chunked_backward(
         shift = (douts * out[:, :, rows]).sum(dim=3)  # delta - dlse
         if dlse is not None:
             shift -= dlse[:, :, rows]
-        ds = (douts @ v.transpose(2, 3)).sub_(shift.unsqueeze(3)).mul_(p).mul_(scale)
+        dp = douts @ v.transpose(2, 3)
+        kept = p
+        if see.drops is not None:
+            dp, kept = see.drops.masked(dp, rows), see.drops.masked(p, rows)
+        ds = dp.sub_(shift.unsqueeze(3)).mul_(p).mul_(scale)
         dq[:, :, rows] = ds @ k
         dk += ds.transpose(2, 3) @ q[:, :, rows]
-        dv += p.transpose(2, 3) @ douts
+        dv += kept.transpose(2, 3) @ douts
     return dq, dk, dv
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..config import GRID_CAP, Problem
-from .torch_attention import Visibility, attend, attend_backward, unit_stride, upcast
+from .dropout import key_bits
+from .torch_attention import Drops, Visibility, attend, attend_backward, unit_stride, upcast
 from .torch_calls import Budget, Bundle, Call, calls
 
 if TYPE_CHECKING:
     from .arguments import HeadOffsets
+    from .dropout import Dropout
     from .plan import Plan
 
 
@@ -33,6 +35,7 @@ def forward(
     index: Tensor | None,
     mask: Tensor | None,
     offsets: HeadOffsets,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all branches as one softmax.
 
@@ -45,6 +48,7 @@ def forward(
         index: Steps -> tokens, (N,) integers, wherever the problem has an order; else None.
         mask: Key padding mask (B, N) bool, or None.
         offsets: First kept step of each head by branch.
+        dropout: What drops attention probabilities, or None.
 
     Returns:
         out (B, N, H, D) in q's dtype and lse (B, H, N) in float32, or float64 for float64 inputs.
@@ -53,17 +57,19 @@ def forward(
     q, k, v = unit_stride(q, k, v)
     out = None
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
-    for place, branch_calls in enumerate(_branches(problem, offsets, index, _budget(q, pairs=1, share=8))):
+    for place, (branch_calls, dropped) in enumerate(
+        _branches(problem, offsets, index, dropout, _budget(q, pairs=1, share=8))
+    ):
         for call in branch_calls:
             if out is None and call.is_whole:
-                rows, row_lse = _attend(call, problem, q, k, v, scale, mask)
+                rows, row_lse = _attend(call, problem, q, k, v, scale, mask, dropped)
                 out = _as_tensor(rows, q)
                 call.queries.write(lse.transpose(1, 2), row_lse)
                 del rows, row_lse
                 continue
             out = q.new_zeros(q.shape) if out is None else out
             merge = _store if place == 0 else _blend
-            merge(call.queries, out, lse, *_attend(call, problem, q, k, v, scale, mask))
+            merge(call.queries, out, lse, *_attend(call, problem, q, k, v, scale, mask, dropped))
     return q.new_zeros(q.shape) if out is None else out, lse
 
 
@@ -82,11 +88,12 @@ def backward(
     index: Tensor | None,
     mask: Tensor | None,
     offsets: HeadOffsets,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the merged out and lse.
 
     Args:
-        plan: The forward's; so are q, k, v, scale, index, mask and offsets.
+        plan: The forward's; so are q, k, v, scale, index, mask, offsets and dropout.
         out: What `forward` returned; so is lse.
         dout: Gradient of out, any strides.
         dlse: Gradient of lse (B, H, N), or None; None where `problem.mix_grad` is "detached".
@@ -100,12 +107,12 @@ def backward(
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
-    for branch_calls in _branches(problem, offsets, index, _budget(q, pairs=2, share=8)):
+    for branch_calls, dropped in _branches(problem, offsets, index, dropout, _budget(q, pairs=2, share=8)):
         for call in branch_calls:
             if not call.has_keys:
                 continue
             if problem.mix_grad == "detached":
-                branch_out, _ = _attend(call, problem, q, k, v, scale, mask)
+                branch_out, _ = _attend(call, problem, q, k, v, scale, mask, dropped)
             else:
                 branch_out = call.queries.read(out)
             gradients = attend_backward(
@@ -117,7 +124,7 @@ def backward(
                 call.queries.read(dout),
                 None if dlse_by_row is None else call.queries.read(dlse_by_row),
                 scale,
-                _visibility(call, problem, mask, q.device),
+                _visibility(call, problem, mask, dropped, q.device),
             )
             if call.is_whole and not totals:
                 totals = [_as_tensor(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True)]
@@ -148,12 +155,19 @@ def _blend(queries: Bundle, out: Tensor, lse: Tensor, rows: Tensor, row_lse: Ten
 
 
 def _attend(
-    call: Call, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+    call: Call,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropped: Drops | None,
 ) -> tuple[Tensor, Tensor]:
     """out (B·C, heads, L, D) and lse (B·C, heads, L) of one call, phantom keys and masked queries included."""
     queries = call.queries.pack(q)
     if call.has_keys:
-        see = _visibility(call, problem, mask, q.device)
+        see = _visibility(call, problem, mask, dropped, q.device)
         out, lse = attend(queries, call.keys.pack(k), call.keys.pack(v), scale, see)
     else:
         out = torch.zeros_like(upcast(queries))
@@ -172,16 +186,21 @@ def _as_tensor(rows: Tensor, like: Tensor) -> Tensor:
     return rows.transpose(1, 2).reshape(like.shape).to(like.dtype)
 
 
-def _visibility(call: Call, problem: Problem, mask: Tensor | None, device: torch.device) -> Visibility:
+def _visibility(
+    call: Call, problem: Problem, mask: Tensor | None, dropped: Drops | None, device: torch.device
+) -> Visibility:
     keys = None if mask is None else call.keys.read(_by_head(mask, problem.kv_heads))
-    tokens = None
+    tokens = drops = None
     if call.by_token:
         numbers = torch.arange(problem.length, device=device).expand(problem.batch, -1)
         tokens = (
             call.queries.read(_by_head(numbers, problem.heads)),
             call.keys.read(_by_head(numbers, problem.kv_heads)),
         )
-    return Visibility(call.causal, tokens, keys)
+    if dropped is not None:
+        first, second = (call.queries.read(bits) for bits in dropped.queries)
+        drops = Drops(dropped.dropout, (first, second), call.keys.read(dropped.keys))
+    return Visibility(call.causal, tokens, keys, drops)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -198,7 +217,9 @@ def _budget(q: Tensor, *, pairs: int, share: int) -> Budget:
     return Budget(pairs, q.numel() // share, 2 * q.numel() // share)
 
 
-def _branches(problem: Problem, offsets: HeadOffsets, index: Tensor | None, budget: Budget) -> Iterator[Iterator[Call]]:
+def _branches(
+    problem: Problem, offsets: HeadOffsets, index: Tensor | None, dropout: Dropout | None, budget: Budget
+) -> Iterator[tuple[Iterator[Call], Drops | None]]:
     """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
     tokens = None if index is None else index.long()
 
@@ -206,4 +227,8 @@ def _branches(problem: Problem, offsets: HeadOffsets, index: Tensor | None, budg
         return sum(offset >= 0 for offset in offsets.rows[branch]) / problem.branches[branch][1]
 
     for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
-        yield calls(problem, branch, offsets.rows[branch], tokens, budget)
+        dropped = None
+        if dropout is not None:
+            keys = key_bits(problem.length, dropout.seed.device).expand(problem.batch, -1)
+            dropped = Drops(dropout, dropout.row_bits(problem, branch), _by_head(keys, problem.kv_heads))
+        yield calls(problem, branch, offsets.rows[branch], tokens, budget), dropped

@@ -20,6 +20,7 @@ import torch
 from ..config import LaunchConfig, Problem
 from ..errors import ConfigError, UnsupportedError
 from ..runtime.arguments import HeadOffsets
+from ..runtime.dropout import Dropout
 from ..runtime.launch import DELTA, branch_values, compile_options, prepared, prepared_delta, shared_values
 from ..runtime.plan import BranchPlan, Choice
 
@@ -29,6 +30,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -103,7 +105,8 @@ def _values(problem: Problem, branch: BranchPlan, place: int) -> dict[str, Any]:
     mask = meta(b, n, dtype=torch.bool) if problem.mask else None
     offsets = meta(len(problem.branches), h, dtype=torch.int32) if problem.head_offset == "table" else None
     scale = d**-0.5
-    shared = shared_values(problem, scale, index, mask, q=q, k=k, v=v, dout=dout)
+    dropout = Dropout(0.1, meta(1, dtype=torch.int64)) if problem.dropout else None
+    shared = shared_values(problem, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     row = meta(b, h, rows, dtype=torch.float32)
     shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
     return branch_values(problem, branch, place, HeadOffsets((), offsets), shared)
