@@ -201,6 +201,16 @@ def test_branches_may_be_strings() -> None:
             module(x, x, x)
 
 
+@pytest.mark.parametrize("segment_length", ["[10,24]", [10, 24]], ids=type)
+def test_it_compiles_without_a_graph_break(segment_length: str | list[int]) -> None:
+    """A configuration or a position that the compiler cannot see through."""
+    args = stub.config(segment_length=segment_length, multiway=True, xpos_rel_pos=True)
+    module = torchscale.DilatedAttention(args, 40, 5, self_attention=True, subln=True).double()
+    x = tokens(args)
+    out, _ = torch.compile(module, backend="eager", fullgraph=True)(x, x, x, key_padding_mask=last_padded())
+    assert torch.equal(out, module(x, x, x, key_padding_mask=last_padded())[0])
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [

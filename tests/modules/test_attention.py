@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dilated_attention_pytorch as dap
 from dilated_attention_pytorch import reference
-from dilated_attention_pytorch.modules.attention import group_offsets
+from dilated_attention_pytorch.modules import attention
 
 from ..tolerances import TOLERANCES, check
 
@@ -54,15 +54,30 @@ def test_head_groups_give_each_head_one_branch() -> None:
 
 def test_a_group_may_be_empty() -> None:
     """More branches than heads: a division by nothing."""
-    assert group_offsets((1, 2, 3), 2).tolist() == [[0, -1], [-1, 1], [-1, -1]]
+    assert attention.group_offsets((1, 2, 3), 2).tolist() == [[0, -1], [-1, 1], [-1, -1]]
 
 
-def test_the_table_of_groups_is_made_once() -> None:
-    """A new tensor a call would be checked anew each time, which waits for the GPU."""
-    with torch.inference_mode():
-        first = group_offsets((1, 5), 6)
-    assert group_offsets((1, 5), 6) is first
-    assert not first.is_inference()
+def test_the_table_of_groups_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new tensor a call would be checked anew each time; one made under inference_mode, too."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(attention, "dilated_attention", lambda *_, head_offset, **__: seen.append(head_offset))
+    module = dap.DilatedAttention(*BRANCHES, head_groups=True)
+    for count in (5, 6, 5):
+        with torch.inference_mode():
+            module(*heads(count))
+    assert seen[0] is seen[2]
+    assert [tuple(table.shape) for table in seen] == [(2, 5), (2, 6), (2, 5)]
+    assert not seen[0].is_inference()
+
+
+@pytest.mark.parametrize("head_groups", [False, True])
+def test_it_compiles_without_a_graph_break(head_groups: bool) -> None:
+    """A cache or a table that the compiler cannot see through."""
+    module = dap.DilatedAttention(*BRANCHES, head_groups=head_groups)
+    qkv = heads()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(compiled(*qkv), module(*qkv))
 
 
 def test_dropout_is_for_training() -> None:

@@ -6,7 +6,6 @@ carries unchanged; what differs is listed in docs/peers.md. Neither torchscale, 
 
 from __future__ import annotations
 
-import ast
 import copy
 from typing import Any
 
@@ -275,6 +274,6 @@ def _integers(args: Any, field: str) -> list[int]:
     """A list of the configuration, or the one that a string such as "[1024,2048]" spells."""
     given = getattr(args, field)
     try:
-        return list(ast.literal_eval(given) if isinstance(given, str) else given)
-    except (SyntaxError, TypeError, ValueError):
+        return [int(item) for item in given.strip("[]() ").split(",")] if isinstance(given, str) else list(given)
+    except (TypeError, ValueError):
         raise ArgumentError(f"args.{field} must be a list of integers, got {given!r}") from None

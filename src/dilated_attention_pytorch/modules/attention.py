@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ class DilatedAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.dropout_p = attention_dropout
         self.head_groups = head_groups
+        self._tables: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
         """Attend.
@@ -69,11 +69,18 @@ class DilatedAttention(nn.Module):
             value,
             self.segment_lengths,
             self.dilation_rates,
-            head_offset=group_offsets(tuple(self.dilation_rates), query.shape[2]) if self.head_groups else "cyclic",
+            head_offset=self._groups(query.shape[2]) if self.head_groups else "cyclic",
             is_causal=is_causal,
             dropout_p=self.dropout_p if self.training else 0.0,
             scale=self.softmax_scale,
         )
+
+    def _groups(self, heads: int) -> Tensor:
+        """The table of head offsets, the same tensor each time: the runtime checks a tensor when it first sees it."""
+        key = tuple(self.dilation_rates), heads
+        if key not in self._tables:
+            self._tables[key] = group_offsets(*key)
+        return self._tables[key]
 
     def extra_repr(self) -> str:
         """Branches, and what departs from the defaults."""
@@ -83,11 +90,8 @@ class DilatedAttention(nn.Module):
         return f"{list(self.segment_lengths)}, {list(self.dilation_rates)}{scale}{dropout}{groups}"
 
 
-@lru_cache(maxsize=64)
 def group_offsets(dilation_rates: tuple[int, ...], heads: int) -> Tensor:
     """The table of head offsets under which each head takes part in the branch of its group alone.
-
-    The same tensor is returned for the same arguments, so that the runtime checks it once.
 
     Returns:
         int64 (branches, H): h mod r in the branch of head h, -1 in the others.
