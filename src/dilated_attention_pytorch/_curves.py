@@ -29,6 +29,8 @@ A, B, C = 1, 2, 3
 
 COORDINATE_BITS = 21
 """Bits of a coordinate at most: three of them fill an int64."""
+TURN_BITS = 4
+"""A square's curve is turned in 4 ways, a cube's in 12."""
 
 
 class Part(NamedTuple):
@@ -50,15 +52,14 @@ class DigitTable(NamedTuple):
 
     Attributes:
         bits: Bits of each coordinate that one look-up reads.
-        place: int64 (turns · 2^(dims · bits),): the step that visits a cell. The index holds the turn and then the
-            digit of each coordinate.
-        turn: As `place`: how the curve is turned within that cell, should the cell be a smaller square or cube.
+        visits: int32 (turns · 2^(dims · bits),): the step that visits a cell and, in the last TURN_BITS, how the curve
+            is turned within that cell, should the cell be a smaller square or cube. The index holds the turn and then
+            the digit of each coordinate.
         leading: The turns that leading zeros lead through, a cycle that begins with the upright curve.
     """
 
     bits: int
-    place: Tensor
-    turn: Tensor
+    visits: Tensor
     leading: tuple[int, ...]
 
     def first_turn(self, zeros: int) -> int:
@@ -124,14 +125,16 @@ def hilbert_places(coordinates: Tensor) -> Tensor:
     table = _digit_table(dims)
     bits = int(coordinates.max()).bit_length()
     digits = -(-bits // table.bits)
+    places = torch.zeros_like(coordinates[0])
+    coordinates = coordinates.to(torch.int32)  # half the memory to go through
     turn = torch.full_like(coordinates[0], table.first_turn(digits * table.bits - bits))
-    places = torch.zeros_like(turn)
     for shift in range((digits - 1) * table.bits, -1, -table.bits):
         entry = turn
         for along in coordinates:
             entry = (entry << table.bits).bitwise_or_((along >> shift).bitwise_and_(2**table.bits - 1))
-        places = (places << dims * table.bits).bitwise_or_(table.place[entry])
-        turn = table.turn[entry]
+        visits = table.visits.index_select(0, entry)
+        places = places.bitwise_left_shift_(dims * table.bits).bitwise_or_(visits >> TURN_BITS)
+        turn = visits.bitwise_and_(2**TURN_BITS - 1)
     return places
 
 
@@ -248,7 +251,8 @@ def _digit_table(dims: int) -> DigitTable:
         interleaved = [0] + [axis for lead in range(1, dims + 1) for axis in (lead, lead + dims)]
         size = (len(turns),) + (2 << known,) * dims
         places, next_turns = (table.permute(interleaved).reshape(size) for table in (places, next_turns))
-    return DigitTable(bits, places.flatten(), next_turns.flatten(), tuple(leading))
+    visits = (places << TURN_BITS | next_turns).flatten().to(torch.int32)
+    return DigitTable(bits, visits, tuple(leading))
 
 
 def _doubled(axes: Triple, sides: Triple) -> Part:
