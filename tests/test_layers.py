@@ -15,7 +15,7 @@ SRC = ROOT / "src"
 PACKAGE = "dilated_attention_pytorch"
 FLOORS = (
     {"errors", "variant", "config", "source_hash", "device", "workloads", "_layout", "_strict_yaml"},
-    {"order", "_curves", "reference", "database", "heuristics", "generated"},
+    {"order", "_curves", "_plot", "reference", "database", "heuristics", "generated"},
     {"runtime"},
     {"tuning", "kernels", "modules", "utils", "compat"},
     {"", "cli", "doctor"},

@@ -13,13 +13,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import _plot
 from ._curves import COORDINATE_BITS, hilbert_places, hilbert_walk, snake_places, snake_walk
 from .errors import ArgumentTypeError, OrderError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = ("snake", "hilbert")
 CACHED_TABLES = 32
@@ -120,6 +125,11 @@ class TokenOrder:
         places = hilbert_places(points) if kind == "hilbert" else snake_places(points)
         return cls.from_permutation(places.argsort(stable=True))
 
+    @property
+    def permutation(self) -> Tensor | None:
+        """int32 (N,) on the CPU: the token at each step of an explicit order, None for a curve. Never write to it."""
+        return None if self._permutation is None else self._permutation.tokens
+
     def indices(self, length: int) -> Tensor:
         """int64 (N,) on the CPU: the token at each step. The tensor is the caller's own.
 
@@ -177,6 +187,51 @@ class TokenOrder:
         sides = [side for side in self._sides(length) if side > 1]
         return None if len(sides) > 2 else sides[-1] if sides else 1
 
+    def plot(
+        self,
+        length: int,
+        *,
+        segment_length: int | None = None,
+        coords: Tensor | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draws the way from token to token, in a colour for each segment. Needs matplotlib, the extra `plot`.
+
+        Rows run downwards, as in an image. Prefix tokens lie nowhere: they are not drawn, but they take the first
+        steps of the first segment.
+
+        Args:
+            length: N.
+            segment_length: w, in steps; None is one segment.
+            coords: (N - prefix, 2) or (N - prefix, 3) numbers: row and column of each token, or layer, row and
+                column. None is its cell in the grid, which an explicit order has not: give it what it was made from.
+            ax: matplotlib axes to draw on, in three dimensions made with projection="3d"; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            OrderError: The order does not fit a sequence of this length, `coords` does not fit it or is missing, or
+                `segment_length` is below 1.
+            ArgumentError: `ax` has not the dimensions of the tokens.
+            ArgumentTypeError: An argument is of a wrong type.
+            MissingPackageError: matplotlib is not installed.
+        """
+        tokens = self.indices(length)[self.prefix :] - self.prefix
+        segment_length = max(length, 1) if segment_length is None else _as_int("segment_length", segment_length)
+        if segment_length < 1:
+            raise OrderError(f"segment_length must be at least 1, got {segment_length}")
+        if coords is None:
+            coords = self._cells(length)
+        if not isinstance(coords, Tensor):
+            raise ArgumentTypeError(f"coords must be a tensor (N, 2) or (N, 3), got {type(coords).__name__}")
+        if coords.shape not in ((len(tokens), 2), (len(tokens), 3)):
+            raise OrderError(
+                f"coords must have shape ({len(tokens)}, 2) or ({len(tokens)}, 3), a row for each token behind the "
+                f"prefix, got {tuple(coords.shape)}"
+            )
+        return _plot.draw(coords.detach().to(_CPU)[tokens], self.prefix, segment_length, ax)
+
     def check(self, length: int) -> None:
         """Refuses a sequence length that the order does not fit.
 
@@ -212,6 +267,17 @@ class TokenOrder:
         cells = length - self.prefix
         columns = math.isqrt(cells - 1) + 1 if cells else 0
         return (-(-cells // columns) if cells else 0, columns)
+
+    def _cells(self, length: int) -> Tensor:
+        """int64 (N - prefix, 2 or 3): row and column, or layer, row and column, of each token behind the prefix."""
+        if self._permutation is not None:
+            raise OrderError(
+                "an explicit order does not know where its tokens lie: pass coords, as given to from_coordinates, or "
+                "for a grid torch.cartesian_prod(torch.arange(rows), torch.arange(columns))"
+            )
+        sides = self._sides(length)
+        cells = torch.arange(length - self.prefix, device=_CPU)
+        return torch.stack(torch.unravel_index(cells, (1, *sides) if len(sides) == 1 else sides), dim=1)
 
     def _tokens(self, length: int) -> Tensor:
         """int32 (N,) on the CPU: the token at each step."""
