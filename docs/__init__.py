@@ -1,0 +1,1 @@
+"""Pages about the package, and the script that draws their figures (`python -m docs.figures`)."""
