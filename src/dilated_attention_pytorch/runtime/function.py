@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import UnsupportedError
 from . import launch, ops, torch_backend
@@ -28,7 +27,6 @@ class HilbertAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -44,54 +42,51 @@ class HilbertAttentionFunction(torch.autograd.Function):
             out, lse = BACKENDS[plan.backend].forward(
                 plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets, dropout=dropout
             )
-        ctx.save_for_backward(q, k, v, out, lse, index, mask)
-        ctx.plan, ctx.scale, ctx.offsets, ctx.dropout = plan, scale, offsets, dropout
-        ctx.set_materialize_grads(False)
         return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the backward needs."""
+        q, k, v, ctx.plan, ctx.scale, index, mask, ctx.offsets, ctx.dropout = inputs
+        ctx.save_for_backward(q, k, v, *output, index, mask)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v; a gradient of lse is taken in."""
         if dout is None and dlse is None:
             return (None,) * 9
-        return (*_gradients(ctx, dout, dlse, *ctx.saved_tensors), *(None,) * 6)
+        if dlse is not None and ctx.plan.mix_grad == "detached":
+            raise UnsupportedError('mix_grad="detached" has no gradient of lse; detach lse, or use mix_grad="exact"')
+        q, k, v, out, lse, index, mask = ctx.saved_tensors
+        if dout is None:
+            dout = out.new_zeros(()).expand(out.shape)
+        sides = {"scale": ctx.scale, "index": index, "mask": mask, "offsets": ctx.offsets, "dropout": ctx.dropout}
+        with torch.no_grad(), no_autocast(q.device):
+            gradients = BACKENDS[ctx.plan.backend].backward(ctx.plan, q, k, v, out, lse, dout, dlse, **sides)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _DifferentiatedOnce.apply(*gradients, q, k, v, dout, dlse)  # type: ignore[no-untyped-call]
+        return (*gradients, *(None,) * 6)
 
 
-@once_differentiable
-def _gradients(
-    ctx: Any,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv. What was saved is an argument, so that torch sees a second derivative through q, k or v coming."""
-    if dlse is not None and ctx.plan.mix_grad == "detached":
-        raise UnsupportedError('mix_grad="detached" has no gradient of lse; detach lse, or use mix_grad="exact"')
-    if dout is None:
-        dout = out.new_zeros(()).expand(out.shape)
-    with no_autocast(q.device):
-        dq, dk, dv = BACKENDS[ctx.plan.backend].backward(
-            ctx.plan,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            dlse,
-            scale=ctx.scale,
-            index=index,
-            mask=mask,
-            offsets=ctx.offsets,
-            dropout=ctx.dropout,
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Gradients as they are, in a graph that refuses a second derivative: silence would be a wrong number."""
+
+    @staticmethod
+    def forward(dq: Tensor, dk: Tensor, dv: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients; what they depend on makes them part of its graph."""
+        return dq.clone(), dk.clone(), dv.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise UnsupportedError(
+            'dilated attention has no second derivative; backend="reference" computes it for small sizes'
         )
-    return dq, dk, dv
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
