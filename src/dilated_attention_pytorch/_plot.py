@@ -58,12 +58,12 @@ def draw(visited: Tensor, first_step: int, segment_length: int, ax: Axes | None)
 
 
 def _draw_way(ax: Any, points: Tensor, first_step: int, segment_length: int) -> None:
-    extent = points.amax(0) - points.amin(0) + 1
-    if len(extent) == 3:
-        ax.set_box_aspect(extent.tolist())
+    dims = points.shape[1]
+    if dims == 3:
+        ax.set_box_aspect((points.amax(0) - points.amin(0) + 1).tolist())
     box, (width, height) = ax.get_position(), ax.get_figure().get_size_inches()
-    cell = 72 * min(box.width * width, box.height * height) / float(extent.max())
-    thick = min(max(cell * (0.45 if len(extent) == 2 else 0.12), 0.5), 5.0)
+    spacing = 72 * min(box.width * width, box.height * height) / len(points) ** (1 / dims)
+    thick = min(max(spacing * (0.45 if dims == 2 else 0.12), 0.5), 5.0)
 
     segment = torch.arange(first_step, first_step + len(points)) // segment_length
     far = points.double().diff(dim=0).norm(dim=1)
