@@ -14,13 +14,13 @@ from dilated_attention_pytorch.order import TokenOrder
 from dilated_attention_pytorch.utils import HilbertAttentionMixin
 
 
-class Mixed(nn.Module, HilbertAttentionMixin):
-    """A class of the client's, along a curve or an order of its own."""
+class Ordered(nn.Module, HilbertAttentionMixin):
+    """A class of the client's that puts tokens in order itself."""
 
-    def __init__(self, *, core: bool, order: TokenOrder | str = "hilbert") -> None:
+    def __init__(self, order: TokenOrder | str) -> None:
         super().__init__()
         self.qkv = nn.Linear(24, 72)
-        self.setup_hilbert_attention(24, 3, 16, 2, use_hilbert_core=core, order=order)
+        self.setup_hilbert_attention(24, 3, order=order)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, 3, 8)).unbind(2)
@@ -32,9 +32,8 @@ LENGTHS = (61, 70, 96)
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "core": (lambda: HilbertAttentionCore(24, 3, [16, 64], [1, 3], order="hilbert"), LENGTHS),
     "auto": (lambda: HilbertAttentionCore(24, 3, "auto"), (1100, 1300, 2048)),
-    "mixin": (lambda: Mixed(core=True), LENGTHS),
-    "ordering only": (lambda: Mixed(core=False), LENGTHS),
-    "ordering only, permutation": (lambda: Mixed(core=False, order=PERMUTED), (61,)),
+    "ordering only": (lambda: Ordered("hilbert"), LENGTHS),
+    "ordering only, permutation": (lambda: Ordered(PERMUTED), (61,)),
 }
 
 
