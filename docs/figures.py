@@ -181,13 +181,11 @@ def squares(ax: Axes, places: Tensor, colour: str, side: float) -> None:
 
 def board(ax: Axes, rows: int, columns: int) -> None:
     """Empty cells, rows downwards."""
-    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect="equal", facecolor=GROUND, xticks=[], yticks=[])
+    right, bottom = columns - 0.5, rows - 0.5
+    ax.set(xlim=(-0.5, right), ylim=(bottom, -0.5), aspect="equal", facecolor=GROUND, xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    between = {"color": "white", "linewidth": 0.8, "zorder": 0}
-    for row in range(1, rows):
-        ax.axhline(row - 0.5, **between)
-    for column in range(1, columns):
-        ax.axvline(column - 0.5, **between)
+    ax.hlines([row - 0.5 for row in range(1, rows)], -0.5, right, color="white", linewidth=0.8, zorder=0)
+    ax.vlines([column - 0.5 for column in range(1, columns)], -0.5, bottom, color="white", linewidth=0.8, zorder=0)
 
 
 def marks(ax: Axes, by_branch: Tensor, colours: Sequence[str] = BRANCH_COLOURS) -> None:
