@@ -162,3 +162,5 @@ def test_refusals() -> None:
         Last(dropout=2.0)
     with pytest.raises(ArgumentError, match="dilation_rate must be a positive integer"):
         Last(dilation_rate=0)
+    with pytest.raises(TypeError, match="got None: compute_hilbert_attention takes tokens as they stand"):
+        Last(order=None)

@@ -44,7 +44,7 @@ class HilbertAttentionCore(nn.Module):
         dropout: Share of attention weights dropped in training.
         use_custom_backward: False computes in whole-tensor operations under PyTorch's own autograd
             (`vectorized_attention`): slow, for debugging.
-        order: "snake", "hilbert", or a `TokenOrder`, such as one with the grid of an image.
+        order: "snake", "hilbert", a `TokenOrder`, such as one with the grid of an image, or None for none.
         device, dtype: Of the parameters.
 
     Raises:
@@ -60,7 +60,7 @@ class HilbertAttentionCore(nn.Module):
         dropout: float = 0.0,
         use_custom_backward: bool = True,
         *,
-        order: str | TokenOrder = "snake",
+        order: str | TokenOrder | None = "snake",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

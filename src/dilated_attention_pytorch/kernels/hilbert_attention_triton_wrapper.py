@@ -20,7 +20,7 @@ class HilbertAttentionTritonWrapper(nn.Module):
         dropout: Share of attention weights dropped in training.
         num_heads: H.
         head_dim: D. The kernels take multiples of 8 up to 256; others run on the torch backend.
-        order: "snake", "hilbert" or a `TokenOrder`.
+        order: "snake", "hilbert", a `TokenOrder`, or None for none.
 
     Raises:
         ArgumentError, ArgumentTypeError: An argument is wrong; the message says how to mend it.
@@ -34,7 +34,7 @@ class HilbertAttentionTritonWrapper(nn.Module):
         num_heads: int = 8,
         head_dim: int = 64,
         *,
-        order: str | TokenOrder = "snake",
+        order: str | TokenOrder | None = "snake",
     ) -> None:
         super().__init__()
         self.segment_lengths, self.dilation_rates = branches(1, segment_lengths, dilation_rates)

@@ -25,7 +25,11 @@ def steps_to_tokens(order: TokenOrder, length: int, device: torch.device) -> Ten
     return tokens
 
 
-@torch.library.custom_op("dilated_attention_pytorch::steps_to_tokens", mutates_args=())
+@torch.library.custom_op(
+    "dilated_attention_pytorch::steps_to_tokens",
+    mutates_args=(),
+    schema="(str kind, SymInt[]? grid, SymInt prefix, SymInt length, Device device) -> Tensor",
+)
 def _traced(kind: str, grid: Sequence[int] | None, prefix: int, length: int, device: torch.device) -> Tensor:
     return TokenOrder(kind, None if grid is None else tuple(grid), prefix).index(length, device).long()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..errors import DilatedAttentionError
+from ..errors import ArgumentTypeError, DilatedAttentionError
 from ..kernels.hilbert_attention_core import core_attention
 from ..kernels.settings import DilationRate, SegmentSize, branches, check_dropout, check_heads, check_q
 from ..kernels.steps import steps_to_tokens
@@ -56,6 +56,12 @@ class HilbertAttentionMixin:
             ArgumentError, ArgumentTypeError: An argument is wrong; the message says how to mend it.
         """
         branches(1, segment_size, dilation_rate)
+        curve = as_order(order)
+        if curve is None:
+            raise ArgumentTypeError(
+                "order must be 'snake', 'hilbert' or a TokenOrder, got None: compute_hilbert_attention takes tokens as "
+                "they stand with use_hilbert_ordering=False"
+            )
         self._hilbert = _Settings(
             num_heads=num_heads,
             head_dim=check_heads(hidden_dim, num_heads),
@@ -64,7 +70,7 @@ class HilbertAttentionMixin:
             dropout=check_dropout(dropout),
             use_hilbert_core=use_hilbert_core,
             use_custom_backward=use_custom_backward,
-            order=as_order(order) or TokenOrder("snake"),
+            order=curve,
         )
 
     def compute_hilbert_attention(self, q: Tensor, k: Tensor, v: Tensor, use_hilbert_ordering: bool = True) -> Tensor:
