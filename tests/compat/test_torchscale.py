@@ -50,15 +50,18 @@ def rotated(x: Tensor, sign: int, base: float = 512) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
-def formula(module: Any, x: Tensor, mix_grad: str, **how: Any) -> Tensor:
-    """What a layer's attention means, on the oracle."""
-    q, k, v = (getattr(module, f"{name}_proj")(x).unflatten(-1, (module.num_heads, -1)) for name in "qkv")
+def formula(
+    module: Any, query: Tensor, mix_grad: str, key: Tensor | None = None, value: Tensor | None = None, **how: Any
+) -> Tensor:
+    """What a layer's attention means, on the oracle; self-attention unless keys and values are given."""
+    inputs = {"q": query, "k": query if key is None else key, "v": query if value is None else value}
+    q, k, v = (getattr(module, f"{name}_proj")(x).unflatten(-1, (module.num_heads, -1)) for name, x in inputs.items())
     if module.xpos is not None:
         q, k = rotated(q, 1), rotated(k, -1)
     branches = module.args.segment_length, module.args.dilated_ratio
     rules = {"head_offset": "blocked", "padding": "zeros", "mix_grad": mix_grad}
     out, _ = reference.dilated_attention(q, k, v, *branches, **rules, **how)
-    out = out.flatten(-2)
+    out = out.flatten(-2).to(query.dtype)
     return module.out_proj(out if module.inner_attn_ln is None else module.inner_attn_ln(out))
 
 
@@ -149,7 +152,7 @@ def test_dropout_is_for_training() -> None:
 @pytest.mark.parametrize("xpos", [False, True])
 @pytest.mark.parametrize("subln", [False, True])
 def test_a_new_module_has_torchscales_names(multiway: bool, xpos: bool, subln: bool) -> None:
-    """A checkpoint that does not load into a model that is built here."""
+    """A checkpoint that does not load into a model that is built here; keys or values made of another input."""
     args = stub.config(multiway=multiway, xpos_rel_pos=xpos)
     theirs = stub.DilatedAttention(args, 40, 5, self_attention=True, subln=subln)
     ours = torchscale.DilatedAttention(args, 40, 5, self_attention=True, subln=subln)
@@ -157,7 +160,9 @@ def test_a_new_module_has_torchscales_names(multiway: bool, xpos: bool, subln: b
     torchscale.use_in(swapped := nn.ModuleList([theirs]))
     x = tokens(args, torch.float32)
     assert torch.equal(ours(x, x, x)[0], swapped[0](x, x, x)[0])
-    assert ours(x, x, x)[1] is None
+    out, weights = ours(x, -x, 2 * x)
+    assert weights is None
+    check("out", out, formula(ours, x, "detached", key=-x, value=2 * x), TOLERANCES["fp32"].out)
 
 
 def test_cross_attention_has_neither_norm_nor_positions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -45,25 +46,28 @@ def attention(module: Any, *arguments: Any, **more: Any) -> tuple[Tensor, None]:
 
 def pair(model_class: Any, config: Any) -> tuple[Any, Any]:
     """A model in float64 with eager attention, and one of the same weights with the dense pattern."""
-    config._attn_implementation = "eager"
     eager = model_class(config).double()
-    config._attn_implementation = "dense"
-    ours = model_class(config).double()
-    ours.load_state_dict(eager.state_dict())
-    assert ours.config._attn_implementation == "dense"
+    eager.set_attn_implementation("eager")
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("dense")
+    # A configuration that both share would compare a model with itself.
+    assert (eager.config._attn_implementation, ours.config._attn_implementation) == ("eager", "dense")
     return eager, ours
 
 
 def same(eager: Any, ours: Any, kept: Tensor, **inputs: Any) -> None:
-    """Equal hidden states at the tokens that are kept, and equal gradients of all parameters."""
+    """Equal hidden states at the tokens that are kept, and equal gradients of all parameters.
+
+    Eager's softmax is float32 in every dtype.
+    """
     want, out = (model(**inputs)[0][kept] for model in (eager, ours))
-    check("out", out, want, TOLERANCES["fp64"].out)
+    check("out", out, want, TOLERANCES["fp32"].out)
     dout = torch.randn_like(out)
     named = [(name, p) for name, p in eager.named_parameters() if "pooler" not in name]
     expected = torch.autograd.grad(want, [p for _, p in named], dout)
     found = torch.autograd.grad(out, [ours.get_parameter(name) for name, _ in named], dout)
     for (name, _), theirs, gradient in zip(named, expected, found, strict=True):
-        check(name, gradient, theirs, TOLERANCES["fp64"].grad, floor=1e-12)
+        check(name, gradient, theirs, TOLERANCES["fp32"].grad, floor=1e-6)
 
 
 def padded(side: str) -> Tensor:
