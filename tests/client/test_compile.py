@@ -53,3 +53,10 @@ def test_one_graph_for_every_length(name: str) -> None:
         for actual, expected in zip(mine, wanted, strict=True):
             torch.testing.assert_close(actual, expected)
     assert counter.frame_count <= 2
+
+
+def test_operator_of_orders() -> None:
+    """An operator whose shape, device or aliasing is told otherwise than it runs."""
+    operator = torch.ops.dilated_attention_pytorch.steps_to_tokens.default
+    for given in (("hilbert", [6, 10], 1, 61), ("snake", None, 0, 61)):
+        torch.library.opcheck(operator, (*given, torch.device("cpu")))
