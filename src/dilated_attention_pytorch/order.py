@@ -348,7 +348,8 @@ def create_hilbert_mapping(seq_len: int, kind: str = "snake") -> Tensor:
     Raises:
         OrderError: A negative length or an unknown kind.
     """
-    return TokenOrder(kind).index(seq_len, _CPU).clone()
+    with torch.inference_mode(False):  # a caller may keep it, and train later
+        return TokenOrder(kind).index(seq_len, _CPU).clone()
 
 
 class _Tables:

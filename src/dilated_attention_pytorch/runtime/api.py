@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch import Tensor
 from .. import reference
 from ..order import TokenOrder
 from . import graph
-from .arguments import Call, autocasts
+from .arguments import Call, autocasts, unit_stride
 from .decide import decide
 from .dropout import Dropout
 from .function import HilbertAttentionFunction
-from .plan import Plan
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 @overload
@@ -134,7 +136,7 @@ def dilated_attention(
     if chosen.backend == "reference":
         out, lse = _reference(q, k, v, call, dropout)
     else:
-        q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        q, k, v = unit_stride(q, k, v)
         given = chosen, call.scale, call.index, call.mask, call.offsets, dropout
         out, lse = HilbertAttentionFunction.apply(q, k, v, *given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out

@@ -127,9 +127,18 @@ def resolve(
     return Call(problem, scale, index, mask, _head_offsets(head_offset, heads, branches, q.device), dropout_p)
 
 
+_AUTOCASTING = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+"""Kinds of devices that have autocast: meta has none, and to ask is no call that `torch.compile` traces."""
+
+
 def autocasts(device: torch.device) -> bool:
     """`torch.autocast` is on for this device, and there is one for it."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCASTING and torch.is_autocast_enabled(device.type)
+
+
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where their last dimension is not contiguous."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def check_words(given: Mapping[str, object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from .. import device as devices
 from . import options as option_values
 from .arguments import Call, resolve
-from .plan import Plan, plan
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 def decide(
@@ -35,6 +37,8 @@ def decide(
         backend: As there.
         arguments: What `resolve` takes.
     """
+    from .plan import plan  # with the database's reader behind it: a third of the package's import
+
     chosen = option_values.current()
     deterministic = chosen.deterministic
     if deterministic is None:

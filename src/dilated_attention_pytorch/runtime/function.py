@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from . import launch, ops, torch_backend
 from .arguments import HeadOffsets, autocasts
 from .dropout import Dropout
-from .plan import Plan
 
-BACKENDS: dict[str, Any] = {"triton": launch, "torch": torch_backend, "deferred": ops}
-"""Each with `forward` and `backward` of the same signature; the plan says which."""
+if TYPE_CHECKING:
+    from . import ops
+    from .plan import Plan
+
+_BACKENDS = {"triton": "launch", "torch": "torch_backend", "deferred": "ops"}
+
+
+@lru_cache
+def _module(backend: str) -> Any:
+    return import_module(f".{_BACKENDS[backend]}", __package__)
+
+
+def backend_of(plan: Plan | ops.Deferred) -> Any:
+    """The module with the `forward` and `backward` of a plan, imported when first asked; all have one signature."""
+    return _module(plan.backend)
 
 
 class HilbertAttentionFunction(torch.autograd.Function):
@@ -39,7 +52,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the plan's forward, out and lse; see `launch.forward` for shapes."""
         with no_autocast(q.device):
-            out, lse = BACKENDS[plan.backend].forward(
+            out, lse = backend_of(plan).forward(
                 plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets, dropout=dropout
             )
         return out, lse
@@ -63,7 +76,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
             dout = out.new_zeros(()).expand(out.shape)
         sides = {"scale": ctx.scale, "index": index, "mask": mask, "offsets": ctx.offsets, "dropout": ctx.dropout}
         with torch.no_grad(), no_autocast(q.device):
-            gradients = BACKENDS[ctx.plan.backend].backward(ctx.plan, q, k, v, out, lse, dout, dlse, **sides)
+            gradients = backend_of(ctx.plan).backward(ctx.plan, q, k, v, out, lse, dout, dlse, **sides)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _DifferentiatedOnce.apply(*gradients, q, k, v, dout, dlse)  # type: ignore[no-untyped-call]
         return (*gradients, *(None,) * 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import UnsupportedError
 from ..order import TokenOrder, as_order
-from .arguments import check_tensors, check_words
+from .arguments import check_tensors, check_words, unit_stride
 from .decide import decide
 from .dropout import Dropout
-from .function import BACKENDS, HilbertAttentionFunction, no_autocast
+from .function import HilbertAttentionFunction, backend_of, no_autocast
 from .ops import LIBRARY, NAMESPACE, SIDES, WORDS, Deferred
-from .plan import Plan
-from .torch_attention import unit_stride
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _attention = getattr(torch.ops, NAMESPACE).attention.default
 
@@ -104,7 +105,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`attention` on tensors that have values."""
     plan, sides = _decided(q, k, v, rest)
     with no_autocast(q.device):
-        out, lse = BACKENDS[plan.backend].forward(plan, *unit_stride(q, k, v), **sides)
+        out, lse = backend_of(plan).forward(plan, *unit_stride(q, k, v), **sides)
     return out.contiguous(), lse.contiguous()
 
 
@@ -114,7 +115,7 @@ def _run_backward(
     """`attention_backward` on tensors that have values."""
     plan, sides = _decided(q, k, v, rest)
     with no_autocast(q.device):
-        dq, dk, dv = BACKENDS[plan.backend].backward(plan, *unit_stride(q, k, v), out, lse, dout, dlse, **sides)
+        dq, dk, dv = backend_of(plan).backward(plan, *unit_stride(q, k, v), out, lse, dout, dlse, **sides)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

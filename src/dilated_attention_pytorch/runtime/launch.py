@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from .. import generated
 from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
 from .arguments import HeadOffsets
 from .dropout import Dropout
-from .plan import BranchPlan, Choice, Plan
+
+if TYPE_CHECKING:
+    from .plan import BranchPlan, Choice, Plan
 
 DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
 """The delta kernel reads two tensors once: any size does."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .arguments import unit_stride
 from .dropout import Dropout
 
 SCORES = 1 << 22
@@ -114,11 +115,6 @@ def has_kernel(q: Tensor, see: Visibility) -> bool:
 def upcast(x: Tensor) -> Tensor:
     """float32 for 16-bit rows: torch's CPU kernel adds up gradients in the dtype of its inputs, and is slower there."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where their last dimension is not contiguous."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _bias(k: Tensor, see: Visibility) -> Tensor:

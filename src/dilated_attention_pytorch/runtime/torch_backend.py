@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import GRID_CAP, Problem
+from .arguments import unit_stride
 from .dropout import key_bits
-from .torch_attention import Drops, Visibility, attend, attend_backward, unit_stride, upcast
+from .torch_attention import Drops, Visibility, attend, attend_backward, upcast
 from .torch_calls import Budget, Bundle, Call, calls
 
 if TYPE_CHECKING:
