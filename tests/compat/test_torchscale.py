@@ -268,6 +268,20 @@ def test_a_subclass_is_refused_and_nothing_is_swapped() -> None:
     assert type(model.layers[0].self_attn) is stub.DilatedAttention
 
 
+def test_a_subclass_of_ours_is_left_alone() -> None:
+    """A model that was swapped and then sharded, turned back into a plain one."""
+
+    class ShardedDilatedAttention(torchscale.DilatedAttention):
+        pass
+
+    model = stub.LongNet(stub.config())
+    torchscale.use_in(model)
+    model.layers[1].self_attn.__class__ = ShardedDilatedAttention
+    assert torchscale.use_in(model, mix_grad="exact") == 0
+    assert type(model.layers[1].self_attn) is ShardedDilatedAttention
+    assert {layer.self_attn.mix_grad for layer in model.layers} == {"exact"}
+
+
 def test_a_word_that_is_no_rule_is_refused() -> None:
     """A typing error that would show at the first batch."""
     with pytest.raises(ValueError, match="mix_grad must be 'detached' or 'exact', got 'detach'"):

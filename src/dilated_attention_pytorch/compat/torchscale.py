@@ -20,7 +20,7 @@ def use_in(model: nn.Module, *, mix_grad: str = "detached") -> int:
     """Let every dilated attention of a torchscale model run on this package, in place.
 
     Parameters, buffers, hooks and the names in the state dict stay what they are, so that checkpoints and optimizers
-    go on; call it before the model is wrapped by FSDP.
+    go on. Call it before FSDP's `fully_shard`, which makes subclasses.
 
     Args:
         model: A LongNet, LongViT or Prov-GigaPath model, or any module that holds torchscale's `DilatedAttention`.
@@ -42,21 +42,21 @@ def use_in(model: nn.Module, *, mix_grad: str = "detached") -> int:
             f"{type(model).__name__} holds no torchscale DilatedAttention (a module of that class with "
             "args.segment_length, args.dilated_ratio, q_proj, k_proj, v_proj and out_proj)"
         )
-    for name, module in found.items():
+    theirs = {name: module for name, module in found.items() if not isinstance(module, DilatedAttention)}
+    for name, module in theirs.items():
         if type(module).__name__ != DilatedAttention.__name__:
             raise UnsupportedError(
                 f"{name} is a {type(module).__name__}, a subclass of torchscale's DilatedAttention: what it adds would "
                 "be lost; call use_in before the model is wrapped, or derive it from compat.torchscale.DilatedAttention"
             )
-    swapped = 0
-    for module in found.values():
-        swapped += not isinstance(module, DilatedAttention)
+    for module in theirs.values():
         # The attributes are the same; so references, hooks and flags of the module survive.
         module.__class__ = DilatedAttention
-        module.mix_grad = mix_grad
         if module.xpos is not None:
             module.xpos.__class__ = XPos
-    return swapped
+    for module in found.values():
+        module.mix_grad = mix_grad
+    return len(theirs)
 
 
 def _is_dilated_attention(module: nn.Module) -> bool:
