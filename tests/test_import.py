@@ -35,7 +35,7 @@ def costs() -> list[Cost]:
 
 
 def test_an_import_is_quick(costs: list[Cost]) -> None:
-    """Work at import: tables, files, a compiler. The least of three, in processor time, so that a busy machine passes."""
+    """Work at import: tables, files, a compiler. Least processor time of three: a busy machine passes."""
     assert min(cost.seconds for cost in costs) < BUDGET_S
 
 
