@@ -12,6 +12,7 @@ import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -290,7 +291,7 @@ class TokenOrder:
         return tokens
 
     def _copy(self, length: int, device: torch.device) -> Tensor:
-        return self.index(length, _CPU).to(device)
+        return copy_to_keep(self.index(length, _CPU), device)
 
 
 def as_order(order: str | TokenOrder | Tensor | None) -> TokenOrder | None:
@@ -333,6 +334,18 @@ def as_order(order: str | TokenOrder | Tensor | None) -> TokenOrder | None:
     with _SEEN_LOCK:
         _SEEN[order] = version, made
     return made
+
+
+def copy_to_keep(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device that outlives the call which needs it first.
+
+    That call may allocate from the memory pool of a CUDA graph (`torch.compile(mode="reduce-overhead")` warms up so),
+    where nothing may stay. Pools belong to a thread: another one makes the copy, and waits for it.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(table.to, device).result()
 
 
 def create_hilbert_mapping(seq_len: int, kind: str = "snake") -> Tensor:

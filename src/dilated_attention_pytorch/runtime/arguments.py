@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import HEAD_OFFSETS, Problem, head_offsets
 from ..errors import ArgumentError, ArgumentTypeError
-from ..order import TokenOrder, as_order
+from ..order import TokenOrder, as_order, copy_to_keep
 from ..variant import QUERIES
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -281,4 +281,4 @@ def _checked_table(given: Tensor, rates: tuple[int, ...], device: torch.device) 
                     f"got {offset} at rate {rate}"
                 )
     with torch.inference_mode(False):
-        return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=device))
+        return HeadOffsets(rows, copy_to_keep(torch.tensor(rows, dtype=torch.int32), device))
