@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -202,21 +203,36 @@ def read(path: Path) -> Mapping[ProblemKey, Entry]:
     Raises:
         DatabaseError: The file breaks its schema; the message names file, line and remedy.
     """
+    return read_as(path, path.parent.name, path.stem)[1]
+
+
+def read_as(path: Path, name: str | None = None, op: str | None = None) -> tuple[str, Mapping[ProblemKey, Entry]]:
+    """The device and the entries of one file, wherever it lies.
+
+    Args:
+        path: The file.
+        name: The device it must be of; None takes any.
+        op: What it must measure; None takes any.
+
+    Raises:
+        DatabaseError: As `read`.
+    """
     root = load_yaml(path)
     if (found := root.mapping().get("schema")) is not None and found.integer(1) > SCHEMA:
         raise found.error(f"is {found.integer()}, newer than the {SCHEMA} read here", "upgrade this package")
     top = root.fields(("schema", "device", "entries"))
-    if top["device"].text() != path.parent.name:
-        raise top["device"].error(f"is {top['device'].text()}, in the folder {path.parent.name}", "move the file")
+    measured_on = top["device"].text()
+    if name not in (None, measured_on):
+        raise top["device"].error(f"is {measured_on}, in the folder {name}", "move the file")
     entries: dict[ProblemKey, Entry] = {}
     for item in top["entries"].items():
         entry = _entry(item)
-        if entry.key.op != path.stem:
+        if op not in (None, entry.key.op):
             raise item.error(f"measures {entry.key.op} in {path.name}", f"move it to {entry.key.op}.yaml")
         if entry.key in entries:
             raise item.error("has the key of an earlier entry", "keep the one that was measured last")
         entries[entry.key] = entry
-    return entries
+    return measured_on, entries
 
 
 def _names(cls: type) -> tuple[str, ...]:
@@ -431,7 +447,34 @@ def save(measured_on: Device, entries: Iterable[Entry], root: Path | None = None
         The files whose content changed, sorted.
 
     Raises:
-        DatabaseError: A file that would be changed breaks the schema.
+        DatabaseError: A file that would be changed breaks the schema, or cannot be written.
+        MissingPackageError: filelock is not installed.
+    """
+    root = _layout.tune_db_dir() if root is None else root
+    by_op: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_op.setdefault(entry.key.op, []).append(entry)
+    written = []
+    with locked(root):
+        for op, found in sorted(by_op.items()):
+            path = root / measured_on.arch / measured_on.name / f"{op}.yaml"
+            merged = dict(read(path)) if path.exists() else {}
+            for entry in found:
+                merged[entry.key] = fold(merged.get(entry.key), entry)
+            if write(path, measured_on.name, merged.values()):
+                written.append(path)
+    load.cache_clear()
+    return written
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Keeps other writers out of a database's folder, which is made where absent.
+
+    One lock for the folder: the time to rewrite a file is nothing against the time to measure an entry.
+
+    Raises:
+        DatabaseError: The folder cannot be written to, or the disk is full; no file has changed but those written.
         MissingPackageError: filelock is not installed.
     """
     try:
@@ -440,26 +483,43 @@ def save(measured_on: Device, entries: Iterable[Entry], root: Path | None = None
         raise MissingPackageError(
             "to save measurements takes filelock: pip install 'dilated-attention-kernels[tune]'"
         ) from error
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"):
+            yield
+    except OSError as error:
+        raise DatabaseError(
+            f"{root} cannot be written to: {error.strerror or error}; what it held is as it was. Mend that, "
+            f"or save to another folder"
+        ) from error
 
-    root = _layout.tune_db_dir() if root is None else root
-    root.mkdir(parents=True, exist_ok=True)
-    by_op: dict[str, list[Entry]] = {}
-    for entry in entries:
-        by_op.setdefault(entry.key.op, []).append(entry)
-    written = []
-    # One lock for the folder: the time to rewrite a file is nothing against the time to measure an entry.
-    with FileLock(root / ".lock"):
-        for op, found in sorted(by_op.items()):
-            path = root / measured_on.arch / measured_on.name / f"{op}.yaml"
-            merged = dict(read(path)) if path.exists() else {}
-            for entry in found:
-                merged[entry.key] = fold(merged.get(entry.key), entry)
-            text = dump(measured_on.name, merged.values())
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                _write(path, text)
-                written.append(path)
-    load.cache_clear()
-    return written
+
+def write(path: Path, name: str, entries: Iterable[Entry]) -> bool:
+    """Writes one file, all or nothing: no reader, and no writer killed half-way, ever leaves or sees half of it.
+
+    Args:
+        path: The file; a database's folder is to be `locked`.
+        name: The device.
+        entries: What it is to hold.
+
+    Returns:
+        Whether its content changed.
+    """
+    text = dump(name, entries)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with half.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        half.replace(path)
+    except OSError:
+        half.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def fold(old: Entry | None, new: Entry) -> Entry:
@@ -477,8 +537,9 @@ def fold(old: Entry | None, new: Entry) -> Entry:
 
 def dump(name: str, entries: Iterable[Entry]) -> str:
     """The text of one file: entries sorted by key, one block each, numbers in fixed precision."""
-    blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:\n"]
-    for entry in sorted(entries, key=lambda entry: entry.key):
+    sorted_entries = sorted(entries, key=lambda entry: entry.key)
+    blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:{'' if sorted_entries else ' []'}\n"]
+    for entry in sorted_entries:
         times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
         check = {k: f"{v:.2e}" for k, v in asdict(entry.check).items()}
         versions = {k: json.dumps(v) if isinstance(v, str) else v for k, v in asdict(entry.provenance).items()}
@@ -502,14 +563,3 @@ def _flow(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader, or a writer killed half-way, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    with half.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    half.replace(path)
