@@ -18,7 +18,7 @@ FLOORS = (
     {"order", "_curves", "_plot", "reference", "database", "heuristics", "generated"},
     {"runtime"},
     {"tuning", "kernels", "modules", "utils", "compat"},
-    {"", "cli", "doctor"},
+    {"", "cli", "commands", "doctor"},
 )
 """Parts of the package from the lowest floor up; a folder stands for all its files, "" for the package's `__init__`."""
 WITHOUT_TORCH = ("errors", "variant", "config", "source_hash", "_layout", "_strict_yaml", "database", "heuristics")

@@ -1,7 +1,7 @@
-"""The console command `dilated-attention`: what would run, and what is wrong with this machine.
+"""The console command `dilated-attention`: what would run, what is wrong with this machine, and the tuner's commands.
 
-Exit codes: 0 all is well; 1 the machine needs mending (`doctor`); 2 a wrong command line, or a refusal in a sentence;
-141 whoever read the output has gone, as `head` does.
+Exit codes: 0 all is well; 1 something needs mending; 2 a wrong command line, or a refusal in a sentence; 130 stopped by
+Ctrl-C; 141 whoever read the output has gone, as `head` does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 
 from . import device as devices
 from . import doctor
+from .commands import add_all
 from .config import DTYPE_BYTES, HEAD_OFFSETS, Problem
 from .device import Device, Toolchain
 from .errors import ArgumentError, DilatedAttentionError
@@ -44,13 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        code = _explain(chosen) if chosen.command == "explain" else _doctor(chosen)
+        code: int = chosen.run(chosen)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Python flushes once more when it ends: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as if SIGPIPE had ended it
+    except KeyboardInterrupt:
+        print(f"dilated-attention {chosen.command}: stopped", file=sys.stderr)
+        return 128 + 2  # as if SIGINT had ended it
     except DilatedAttentionError as error:
         print(f"dilated-attention {chosen.command}: {error}", file=sys.stderr)
         return 2
@@ -75,10 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor_parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor_parser.set_defaults(run=_doctor)
+    add_all(commands)
     return parser
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_explain)
     where = parser.add_argument_group("where")
     where.add_argument("--gpu", metavar="NAME", help="a GPU of tune_db/devices.yaml, e.g. l4; default: this machine's")
     where.add_argument("--backend", choices=BACKENDS, help="ask for one; its refusal is then an error")
