@@ -12,6 +12,7 @@ from .order import TokenOrder as TokenOrder
 from .order import create_hilbert_mapping as create_hilbert_mapping
 from .runtime.api import dilated_attention as dilated_attention
 from .runtime.api import explain as explain
+from .runtime.digest import db_digest as db_digest
 from .runtime.options import options as options
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "TokenOrder",
     "create_hilbert_mapping",
+    "db_digest",
     "dilated_attention",
     "explain",
     "options",

@@ -45,4 +45,9 @@ def decide(
         deterministic = torch.are_deterministic_algorithms_enabled()
     call = resolve(q, k, v, segment_lengths, dilation_rates, deterministic=deterministic, **arguments)
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return call, plan(call.problem, devices.current(q.device), backend, chosen, backward=backward)
+    found = plan(call.problem, devices.current(q.device), backend, chosen, backward=backward)
+    if chosen.miss_log is not None:
+        from .misses import note
+
+        note(chosen.miss_log, found, backward=backward)
+    return call, found

@@ -23,12 +23,14 @@ class Options:
         database: Folder of the user's own tuning database, which goes before the committed one.
         on_miss: "fallback", or "error": refuse to launch what was never measured.
         deterministic: Exclude atomics; None follows `torch.use_deterministic_algorithms`.
+        miss_log: File that calls without a measurement are appended to.
     """
 
     config: tuple[tuple[str, LaunchConfig], ...] = ()
     database: Path | None = None
     on_miss: str = "fallback"
     deterministic: bool | None = None
+    miss_log: Path | None = None
 
 
 DEFAULTS = Options()
@@ -47,10 +49,11 @@ def options(
     database: str | Path | None = None,
     on_miss: str = "fallback",
     deterministic: bool | None = None,
+    miss_log: str | Path | None = None,
 ) -> Iterator[Options]:
     """Sets how the calls inside choose their kernels; also works as a decorator.
 
-    `config`, `database` and `deterministic` that are None stay as the enclosing `options` set them.
+    `config`, `database`, `deterministic` and `miss_log` that are None stay as the enclosing `options` set them.
 
     Args:
         config: Launch configuration of every kernel, or of those named: "fwd", "dkdv", "dq". It goes before every
@@ -59,6 +62,8 @@ def options(
         on_miss: "fallback" takes the nearest measurement or an untuned default where nothing was measured for a
             problem; "error" raises `DatabaseMiss`.
         deterministic: Exclude atomics, whatever `torch.use_deterministic_algorithms` says.
+        miss_log: File to which every new kind of problem is appended that ran without a measurement of its own, at most
+            1,000; `dilated-attention tune --from-misses` measures them.
 
     Raises:
         ArgumentError, ArgumentTypeError: A value is none of these.
@@ -69,6 +74,7 @@ def options(
         database=outer.database if database is None else _folder(database),
         on_miss=on_miss,
         deterministic=outer.deterministic if deterministic is None else deterministic,
+        miss_log=outer.miss_log if miss_log is None else _file(miss_log),
     )
     if on_miss not in ON_MISS:
         raise ArgumentError(f"on_miss must be one of {', '.join(ON_MISS)}, got {on_miss!r}")
@@ -96,4 +102,13 @@ def _folder(database: str | Path) -> Path:
     path = Path(database).expanduser().resolve()
     if not path.is_dir():
         raise ArgumentError(f"database {str(database)!r} is no folder; give one that holds <arch>/<device>/<op>.yaml")
+    return path
+
+
+def _file(miss_log: str | Path) -> Path:
+    if not isinstance(miss_log, (str, Path)):
+        raise ArgumentTypeError(f"miss_log must be a path, got {miss_log!r}")
+    path = Path(miss_log).expanduser().resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentError(f"miss_log {str(miss_log)!r} is no file in a folder that exists; name one")
     return path
