@@ -350,16 +350,22 @@ def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> 
 
 def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
     """Offers of entries: they fit by what their kernel took, which had this head_dim, dtype and op."""
-    return [_Offer(hit.entry.config, _evidence(hit), _unfit(question.device, hit, stale)) for hit in hits]
+    return [_Offer(hit.entry.config, _evidence(hit), _unfit(question, op, hit, stale)) for hit in hits]
 
 
-def _unfit(device: Device, hit: Hit, stale: bool) -> str | None:
+def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     named = f"{hit.entry.config.name} on {hit.device}"
     if hit.status == INVALID:
         return f"{named} is invalid: it was wrong, or is too large for its own device"
     if hit.status == KERNEL_STALE and not stale:
         return f"{named} was measured on a kernel text that has changed since"
-    return _too_big(device, hit.entry.config, hit.entry.resources.shared_bytes)
+    problem, device, config = question.problem, question.device, hit.entry.config
+    need = hit.entry.resources.shared_bytes
+    text = variant_for(problem, question.branch, op, config, question.texts)
+    if text is None or text.name not in hit.measured_on:
+        # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
+        need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))
+    return _too_big(device, config, need)
 
 
 def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:
