@@ -198,28 +198,16 @@ def _show(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps([_as_json(row) for row in rows], indent=2))
         return 0
-    table = []
-    for row in rows:
-        times, entry = row.entry.time_us, row.entry
-        gain = "" if times.default is None else f"{times.default / times.median:.2f}x"
-        spread = f"{times.low:.2f}..{times.high:.2f}"
-        error = f"{entry.check.error:.1e}"
-        day = entry.provenance.date
-        table.append(
-            (
-                row.device,
-                title(entry.key),
-                entry.config.name,
-                f"{times.median:.2f}",
-                spread,
-                gain,
-                error,
-                day,
-                row.status,
-            )
-        )
-    print(_table(("device", "problem", "config", "us", "interval", "gain", "error", "date", "status"), table))
+    header = ("device", "problem", "config", "us", "interval", "gain", "error", "date", "status")
+    print(_table(header, [_evidence(row) for row in rows]) or "no entries\n", end="")
     return 0
+
+
+def _evidence(row: Row) -> tuple[str, ...]:
+    entry, times = row.entry, row.entry.time_us
+    gain = "" if times.default is None else f"{times.default / times.median:.2f}x"
+    measured = f"{times.median:.2f}", f"{times.low:.2f}..{times.high:.2f}", gain, f"{entry.check.error:.1e}"
+    return row.device, title(entry.key), entry.config.name, *measured, entry.provenance.date, row.status
 
 
 def _stale(chosen: argparse.Namespace) -> int:
