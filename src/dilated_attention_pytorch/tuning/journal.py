@@ -45,6 +45,7 @@ class Run:
         driver: The GPU's driver; None for a CPU.
         command: The command line.
         started: When, ISO 8601 with the zone.
+        kernels: Digest of all kernels' texts: a run goes on with those it began with.
     """
 
     device: str
@@ -57,6 +58,7 @@ class Run:
     driver: str | None
     command: str
     started: str
+    kernels: str = ""
     schema: int = SCHEMA
 
 

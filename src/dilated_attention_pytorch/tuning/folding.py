@@ -1,0 +1,68 @@
+"""From a run's journal to the database: picks become entries with their evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .. import database
+from ..database import Check, Entry, Provenance, Times
+from ..device import Device
+from .journal import Journal, Measurement, Pick, Run
+from .space import KERNEL, Candidate
+
+
+def fold(journal: Journal, picks: Iterable[Pick], device: Device, root: Path) -> list[Path]:
+    """Save the picks of a journal that may be recorded.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        DatabaseError: A file breaks its schema, or the disk takes none.
+    """
+    run = journal.runs[0]
+    entries = [entry for pick in picks if (entry := entry_of(pick, journal, run)) is not None]
+    return database.save(device, entries, root) if entries else []
+
+
+def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
+    """The entry of a pick; None where it is not to be recorded: an external route, or times that spread too wide."""
+    rows = [row for row in journal.measurements if row.key == pick.key and _is_of(row, pick)]
+    finals = [row for row in rows if row.stage == "finals" and row.status == "ok"][-1]
+    if pick.route != KERNEL or finals.flag or run.triton is None or finals.variant is None:
+        return None
+    checks = [row for row in rows if row.stage == "check" and row.error is not None and row.tolerance]
+    worst = max(checks, key=lambda row: (row.error or 0.0) / (row.tolerance or 1.0))
+    assert finals.resources is not None and worst.error is not None and worst.tolerance is not None
+    return Entry(
+        key=pick.key,
+        config=Candidate(KERNEL, tuple(pick.config.items())).config,
+        resources=finals.resources,
+        time_us=Times(pick.median_us, pick.low_us, pick.high_us, pick.default_us, pick.second_us),
+        check=Check(worst.error, worst.tolerance),
+        provenance=Provenance(
+            kernel=_hash_of(finals.variant),
+            triton=run.triton,
+            torch=run.torch,
+            driver=run.driver or "none",
+            date=run.started[:10],
+            candidates=pick.candidates,
+        ),
+    )
+
+
+def is_noisy(pick: Pick, journal: Journal) -> bool:
+    """Its times spread too wide even when measured again."""
+    return any(
+        row.flag and row.stage == "finals" and row.key == pick.key and _is_of(row, pick) for row in journal.measurements
+    )
+
+
+def _is_of(row: Measurement, pick: Pick) -> bool:
+    return row.route == pick.route and row.config == pick.config
+
+
+def _hash_of(variant: str) -> str:
+    """The hash of a variant's text."""
+    return next(digest for digest, names in database.rendered_kernels().items() if variant in names)

@@ -1,0 +1,336 @@
+"""What the measuring process does: check a candidate, then time it. One process a GPU; `worker` tells of its end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from . import scenes
+from .problems import Task
+from .routes import ROUTES, Launch, Outputs, Route, Scene
+from .space import Candidate
+from .worker import Fatal
+
+GUARD = 512
+"""Elements of poison before and behind every output."""
+
+TOLERANCES = {
+    "bf16": (4e-3, 1e-2, 1e-4),
+    "fp16": (5e-4, 2e-3, 1e-4),
+    "fp32": (1e-5, 1e-4, 1e-5),
+    "tf32": (2e-3, 5e-3, 2e-3),
+    "fp64": (1e-9, 1e-8, 1e-9),
+}
+"""Largest relative errors of out, gradients and lse in the Frobenius norm."""
+DOUT_FLOOR = 1e-6
+"""No gradient is held to less than this share of ‖dout‖."""
+
+SPREAD = 0.05
+"""An interval wider than this share of its median is measured again, and flagged if it stays so wide."""
+RESOLUTION_US = 1.0
+"""What two events tell apart at best: no interval narrower than this is wide."""
+FLUSHED_BYTES = 1 << 28
+"""Written before each timed launch on a GPU: more than any level-2 cache holds."""
+HEAD_START_CYCLES = 2_000_000
+"""For so long the GPU sleeps before the first launch of a series, 1 ms or so: the host is ahead from then on."""
+
+SCENES = 6
+"""Scenes that a process keeps: those of two or three tasks that are searched at a time."""
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    """Run once on poisoned outputs and compare; `ragged` on the problem with tails, else on the task's own kind."""
+
+    task: Task
+    candidate: Candidate
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class TimeJob:
+    """Time candidates in turn.
+
+    Attributes:
+        task: The task.
+        candidates: What runs in turn; one of them goes first in one round and last in the next.
+        budget_us: Microseconds that each may run in all; the least and the most rounds hold whatever it says.
+        limit_us: A candidate whose interval lies above is dropped after the least rounds.
+    """
+
+    task: Task
+    candidates: tuple[Candidate, ...]
+    budget_us: float
+    limit_us: float = math.inf
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Relative error, the most that is allowed, and what is wrong; "" where nothing is."""
+
+    error: float
+    tolerance: float
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Microseconds of a launch: the median and a 95 % interval of it; `noisy` where that stayed too wide."""
+
+    median: float
+    low: float
+    high: float
+    noisy: bool = False
+
+
+class Corrupted(Exception):
+    """A candidate wrote outside of its outputs."""
+
+
+Job = CheckJob | TimeJob
+Answer = Checked | tuple[Timed | str, ...]
+
+
+def bench(where: str, device: Device, routes: Mapping[str, Route] = ROUTES) -> Callable[[Job], Answer]:
+    """The function of a measuring process.
+
+    Args:
+        where: The torch device: "cuda:0", "cpu".
+        device: What kernels are planned for.
+        routes: Ways to run a task by name; tests put stand-ins.
+    """
+    place = torch.device(where)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.empty(1, device=place)
+    return Bench(place, device, routes)
+
+
+class Bench:
+    """Answers jobs; keeps the tensors of the last tasks."""
+
+    def __init__(self, where: torch.device, device: Device, routes: Mapping[str, Route]) -> None:
+        self._where, self._device, self._routes = where, device, routes
+        self._scenes: OrderedDict[tuple[Any, ...], Scene] = OrderedDict()
+        self._clock = _GpuClock(where) if where.type == "cuda" else _CpuClock()
+
+    def __call__(self, job: Job) -> Answer:
+        """Do a job.
+
+        Raises:
+            Fatal: The process cannot be trusted any more.
+            Exception: Whatever the candidate raises.
+        """
+        try:
+            return self._check(job) if isinstance(job, CheckJob) else self._time(job)
+        except Corrupted as error:
+            raise Fatal from error
+        except Exception as error:
+            self._scenes.clear()
+            if _is_sticky(error):
+                raise Fatal from error
+            raise
+
+    def _check(self, job: CheckJob) -> Checked:
+        worst = Checked(0.0, 1.0)
+        for scene in self._checked_scenes(job):
+            found = compare(scene, self._run(scene, job.candidate))
+            if found.wrong:
+                self._scenes.clear()  # a wrong candidate may have written anywhere
+                return found
+            worst = max(worst, found, key=lambda checked: checked.error / checked.tolerance)
+        return worst
+
+    def _checked_scenes(self, job: CheckJob) -> Iterator[Scene]:
+        task = job.task
+        if job.ragged:
+            yield self._scene(task, "ragged")
+        else:
+            yield self._scene(task, "small")
+            if self._where.type == "cuda":
+                yield self._scene(task, "whole")
+
+    def _scene(self, task: Task, size: str) -> Scene:
+        """A scene of a task, made when first asked for: "small" and "ragged" in float64, "whole" to be timed."""
+        label = (task.key, size)
+        if label not in self._scenes:
+            while len(self._scenes) >= SCENES:
+                self._scenes.popitem(last=False)
+            if size == "ragged":
+                made = (scenes.ragged(task), task.op, False)
+            else:
+                made = (scenes.small(task) if size == "small" else task.problem, task.op, task.merge)
+            seed = ("small", "ragged", "whole").index(size)
+            self._scenes[label] = scenes.scene(*made, self._device, self._where, seed, exact=size != "whole")
+        self._scenes.move_to_end(label)
+        return self._scenes[label]
+
+    def _run(self, scene: Scene, candidate: Candidate) -> Outputs:
+        """Outputs of one launch.
+
+        Raises:
+            Corrupted: It wrote outside of them.
+        """
+        outputs, memories = scenes.fresh(scene, GUARD)
+        results = self._routes[candidate.route](scene, candidate)(outputs)()
+        self._clock.wait()
+        for name, memory in memories:
+            for band, side in ((memory[:GUARD], "before"), (memory[-GUARD:], "behind")):
+                if not band.isnan().all():
+                    raise Corrupted(f"wrote {side} {name}")
+        return outputs if results is None else results
+
+    def _time(self, job: TimeJob) -> tuple[Timed | str, ...]:
+        scene = self._scene(job.task, "whole")
+        launches: list[Launch] = []
+        failed: dict[int, str] = {}
+        for place, candidate in enumerate(job.candidates):
+            outputs, _ = scenes.fresh(scene, GUARD)
+            try:
+                launch = self._routes[candidate.route](scene, candidate)(outputs)
+                launch()
+                self._clock.wait()
+                launches.append(launch)
+            except Exception as error:
+                if len(job.candidates) == 1 or _is_sticky(error):
+                    raise
+                failed[place] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        timed = iter(self._timed(launches, job))
+        return tuple(failed.get(place) or next(timed) for place in range(len(job.candidates)))
+
+    def _timed(self, launches: list[Launch], job: TimeJob) -> list[Timed]:
+        found = self._series(launches, job)
+        if any(map(_is_wide, found)) and min(timed.low for timed in found) <= job.limit_us:
+            again = self._series(launches, job)
+            narrower = zip(found, again, strict=True)
+            found = [min(pair, key=lambda timed: (timed.high - timed.low) / timed.median) for pair in narrower]
+        return [Timed(t.median, t.low, t.high, noisy=_is_wide(t)) for t in found]
+
+    def _series(self, launches: list[Launch], job: TimeJob) -> list[Timed]:
+        least, most = self._clock.rounds
+        times = self._clock.times(launches, least)
+        found = [interval(taken) for taken in times]
+        if not launches or all(timed.low > job.limit_us for timed in found):
+            return found
+        slowest = max(timed.median for timed in found)
+        more = min(int(job.budget_us / (slowest + self._clock.overhead_us)), most) - least
+        for taken, further in zip(times, self._clock.times(launches, max(more, 0)), strict=True):
+            taken += further
+        return [interval(taken) for taken in times]
+
+
+# ---- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(scene: Scene, results: Outputs) -> Checked:
+    """Hold the results to the tolerance of their dtype; the worst of them is told."""
+    problem = scene.problem
+    tolerances = TOLERANCES["tf32" if problem.tf32 and problem.dtype == "fp32" else problem.dtype]
+    worst = Checked(0.0, tolerances[0])
+    for name, expected in scene.expected.items():
+        tolerance = tolerances[("out", "d", "lse").index(name if name in ("out", "lse") else "d")]
+        actual = results[name]
+        keyless = expected == -torch.inf
+        if not torch.equal(actual == -torch.inf, keyless) or not torch.isfinite(actual[~keyless]).all():
+            count = int((~torch.isfinite(actual) & ~keyless).sum())
+            wrong = f"{name}: {count} of {actual.numel()} elements NaN or infinite" if count else f"{name}: not -inf"
+            return Checked(math.inf, tolerance, wrong)
+        actual, expected = (x.masked_fill(keyless, 0.0).to(expected.dtype) for x in (actual, expected))
+        difference = _norm(actual - expected)
+        norm = max(_norm(expected), DOUT_FLOOR * _norm(scene.dout) / tolerance if name[0] == "d" else 0.0)
+        error = difference / norm if norm else difference
+        if error > tolerance:
+            return Checked(error, tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}")
+        worst = max(worst, Checked(error, tolerance), key=lambda checked: checked.error / checked.tolerance)
+    return worst
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=x.dtype if x.dtype == torch.float64 else torch.float32))
+
+
+# ---- Timing ----------------------------------------------------------------------------------------------------------
+
+
+def interval(times: list[float]) -> Timed:
+    """The median, and the ranks that hold it in 95 of 100 series (binomial)."""
+    ordered = sorted(times)
+    count = len(ordered)
+    rank = max(math.floor(count / 2 - 0.98 * math.sqrt(count)), 0)
+    return Timed(statistics.median(ordered), ordered[rank], ordered[count - 1 - rank])
+
+
+def _is_wide(timed: Timed) -> bool:
+    return timed.high - timed.low > max(SPREAD * timed.median, RESOLUTION_US)
+
+
+class _CpuClock:
+    """Wall time."""
+
+    rounds = (3, 25)
+    overhead_us = 0.0
+
+    def wait(self) -> None:
+        """A CPU's work is done when the call returns."""
+
+    def times(self, launches: list[Launch], rounds: int) -> list[list[float]]:
+        """Microseconds of each launch in each round; who goes first alternates."""
+        times: list[list[float]] = [[] for _ in launches]
+        for number in range(rounds):
+            for place in _order(len(launches), number):
+                start = time.perf_counter()
+                launches[place]()
+                times[place].append(1e6 * (time.perf_counter() - start))
+        return times
+
+
+class _GpuClock:
+    """The GPU's time between two events, with a cold level-2 cache; launches are queued ahead of it."""
+
+    rounds = (7, 100)
+    overhead_us = 150.0
+    """The flush."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._where = where
+        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=where)
+
+    def wait(self) -> None:
+        """Until the GPU is done."""
+        torch.cuda.synchronize(self._where)
+
+    def times(self, launches: list[Launch], rounds: int) -> list[list[float]]:
+        """Microseconds of each launch in each round; who goes first alternates."""
+        events: list[list[tuple[Any, Any]]] = [[] for _ in launches]
+        torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        for number in range(rounds):
+            for place in _order(len(launches), number):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                self._flushed.zero_()
+                start.record()
+                launches[place]()
+                stop.record()
+                events[place].append((start, stop))
+        self.wait()
+        return [[1e3 * start.elapsed_time(stop) for start, stop in pairs] for pairs in events]
+
+
+def _order(count: int, number: int) -> Iterator[int]:
+    return iter(range(count)[:: -1 if number % 2 else 1])
+
+
+def _is_sticky(error: Exception) -> bool:
+    """A CUDA error after which every later call of the process fails."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of resource" in text:
+        return False
+    return any(sign in text for sign in ("CUDA error", "illegal memory access", "device-side assert", "HIP error"))

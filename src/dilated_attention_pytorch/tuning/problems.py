@@ -1,0 +1,133 @@
+"""What there is to tune: the launches of calls, each measured once under its key, the weightiest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .. import heuristics
+from ..config import DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
+from ..device import Device
+from ..runtime.plan import BranchPlan, Choice, Plan
+from ..runtime.variants import acting_order, query_rows, variant_for
+from ..workloads import WORKLOADS, named
+
+PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}
+"""Matrix products a (query, key) pair takes part in."""
+TENSORS = {"fwd": 4, "dkdv": 6, "dq": 5}
+"""Tensors of kept rows that a launch reads or writes: q, k, v, out; q, k, v, dout, dk, dv; q, k, v, dout, dq."""
+
+PRESETS = {"standard": tuple(WORKLOADS), "quick": ("longnet", "core")}
+"""Workloads by preset; "quick" takes each in bf16 alone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One launch to tune.
+
+    Attributes:
+        key: What its winner is stored under.
+        problem: A call of this one branch.
+        op: "fwd", "dkdv" or "dq".
+        merge: It merges into what an earlier branch wrote, as it does in the call that it comes from.
+        workload: Where it comes from.
+        weight: Its share of the run's work, 0..1.
+    """
+
+    key: ProblemKey
+    problem: Problem
+    op: str
+    merge: bool
+    workload: str
+    weight: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the launch; half of them where it is causal."""
+        problem = self.problem
+        pairs = problem.batch * problem.heads * self._rows(query_rows(problem, 0)) * problem.rows(0)
+        return PRODUCTS[self.op] * pairs * problem.head_dim * (1 if problem.causal else 2)
+
+    @property
+    def bytes(self) -> float:
+        """What the launch reads and writes if it touches every kept row of its tensors once."""
+        problem = self.problem
+        asked = problem.batch * problem.heads * self._rows(query_rows(problem, 0))
+        kept = problem.batch * problem.kv_heads * self._rows(problem.rows(0))
+        by_query = {"fwd": 2, "dkdv": 2, "dq": 3}[self.op]
+        rows = by_query * asked + (TENSORS[self.op] - by_query) * kept
+        return rows * problem.head_dim * DTYPE_BYTES[problem.dtype]
+
+    def _rows(self, of_segment: int) -> int:
+        return self.problem.length * of_segment // self.problem.segment(0)
+
+
+def planned(problem: Problem, config: LaunchConfig, device: Device, texts: frozenset[str]) -> Plan:
+    """A plan of one branch whose launches all take a configuration, whether or not it fits the device."""
+    choices = []
+    for op in OPS:
+        variant = variant_for(problem, 0, op, config, texts)
+        assert variant is not None, "the plan of the task found a text"
+        choices.append(Choice(op, 0, variant, config, "config", "tuning", ()))
+    segment, dilation = problem.segment(0), problem.branches[0][1]
+    branch = BranchPlan(0, segment, dilation, acting_order(problem, 0), *choices)
+    return Plan(problem, device, "triton", (branch,), (), "config")
+
+
+def default_config(task: Task, device: Device) -> LaunchConfig:
+    """The untuned configuration that the ladder would come to, the floor included."""
+    problem = task.problem
+    rows = query_rows(problem, 0), problem.rows(0)
+    found = heuristics.default(task.op, problem.head_dim, problem.dtype, *rows, device.arch)
+    for config in (*found, *heuristics.FLOOR):
+        need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, config, device.arch)
+        if need <= device.shared_bytes:
+            return config
+    return heuristics.FLOOR[-1]
+
+
+def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]:
+    """The launches of (workload, call) pairs, one a key, by weight."""
+    tasks: dict[ProblemKey, Task] = {}
+    work: dict[ProblemKey, float] = {}
+    for workload, problem in calls:
+        order = sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
+        for place, branch in enumerate(order):
+            alone = replace(problem, branches=(problem.branches[branch],))
+            for op in OPS:
+                key = replace(ProblemKey.of(alone, op, 0), order=acting_order(alone, 0))
+                task = Task(key, alone, op, place > 0, workload)
+                if key not in tasks or task.flops > tasks[key].flops:
+                    tasks[key] = task  # of several calls with one key the largest is measured
+                work[key] = work.get(key, 0.0) + _seconds(task, device)
+    total = sum(work.values())
+    weighed = [replace(task, weight=work[key] / total) for key, task in tasks.items()]
+    return sorted(weighed, key=lambda task: -task.weight)
+
+
+def _seconds(task: Task, device: Device) -> float:
+    """A crude time on an equal scale for all tasks: products at 100 flops a byte of bandwidth, or memory's."""
+    bandwidth = device.bandwidth or 1000.0
+    return max(task.flops / 100, task.bytes) / bandwidth
+
+
+def calls_of(names: Iterable[str], dtypes: tuple[str, ...] | None = None) -> list[tuple[str, Problem]]:
+    """Every call of the named workloads, of these dtypes alone where any are named.
+
+    Raises:
+        ArgumentError: There is no workload of a name.
+    """
+    return [
+        (name, problem) for name in names for problem in named(name).problems() if not dtypes or problem.dtype in dtypes
+    ]
+
+
+def preset(name: str) -> list[tuple[str, Problem]]:
+    """The calls of a preset."""
+    return calls_of(PRESETS[name], ("bf16",) if name == "quick" else None)
+
+
+def shard(tasks: list[Task], part: tuple[int, int]) -> list[Task]:
+    """The i-th of n hosts' tasks: every n-th, so that each gets heavy and light ones."""
+    index, count = part
+    return tasks[index::count]

@@ -1,0 +1,203 @@
+"""Tensors to run a task on, and what must come out: small ones against the float64 reference, the full size against
+the torch backend in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..config import OPS, Problem, head_offsets
+from ..device import Device
+from ..order import TokenOrder
+from ..runtime import torch_backend
+from ..runtime.arguments import DTYPES, HeadOffsets
+from ..runtime.dropout import Dropout
+from ..runtime.plan import Plan
+from .problems import Task
+from .routes import Outputs, Scene
+
+OUTPUTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",)}
+DROPOUT_P = 0.1
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def small(task: Task) -> Problem:
+    """As the task, with two segments of one batch element: the same texts, and soon computed in float64."""
+    problem = task.problem
+    segment = problem.segment(0)
+    tail = problem.length % segment
+    return _of_length(problem, min(problem.length, (segment if tail else 2 * segment) + tail))
+
+
+def ragged(task: Task) -> Problem:
+    """As the task, with a short last segment; where one segment is all, with a length that nothing divides."""
+    problem = task.problem
+    segment = problem.segment(0)
+    if problem.is_full(0):
+        return _of_length(problem, max(problem.length - problem.length // 9 - 1, 1))
+    return _of_length(problem, segment + segment // 3 + 1)
+
+
+def _of_length(problem: Problem, length: int) -> Problem:
+    """One batch element of another length; a snake keeps its row width, so that it acts as it does in the task."""
+    return replace(problem, batch=1, length=length, query_range=None)
+
+
+def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.device, seed: int, exact: bool) -> Scene:
+    """The tensors of a problem and what its launch must write.
+
+    Args:
+        problem: A call of one branch.
+        op: "fwd", "dkdv" or "dq".
+        merge: Outputs hold something, and the launch merges into it.
+        device: What kernels are planned for.
+        where: Where the tensors lie.
+        seed: Of the numbers.
+        exact: Against the float64 reference, in memory that goes with rows²; else the torch backend in float32.
+    """
+    generator = torch.Generator(where).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = _TORCH_DTYPES[problem.dtype]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=where).to(dtype)
+
+    b, n, h, g, d = problem.batch, problem.length, problem.heads, problem.kv_heads, problem.head_dim
+    q, k, v, dout = normal(b, n, h, d), normal(b, n, g, d), normal(b, n, g, d), normal(b, n, h, d)
+    mask = torch.rand(b, n, generator=generator, device=where) > 0.25 if problem.mask else None
+    dropout = None
+    if problem.dropout:
+        dropout = Dropout(DROPOUT_P, torch.full((1,), 1234 + seed, dtype=torch.int64, device=where))
+    inputs = Scene(
+        problem=problem,
+        op=op,
+        merge=merge,
+        device=device,
+        q=q,
+        k=k,
+        v=v,
+        dout=dout,
+        index=_index(problem, where, None if not exact else generator),
+        mask=mask,
+        offsets=_offsets(problem, where),
+        dropout=dropout,
+        out=q,
+        lse=torch.empty(0),
+        delta=torch.empty(0),
+        before={},
+        expected={},
+    )
+    found = _reference(inputs) if exact else _wide(inputs)
+    inputs.out, inputs.lse = found["out"].to(q.dtype), found["lse"].float()
+    inputs.delta = (dout.double() * found["out"].double()).sum(-1).transpose(1, 2).float().contiguous()
+    inputs.expected = {name: found[name] for name in OUTPUTS[op]}
+    if merge:
+        _merged(inputs, generator)
+    return inputs
+
+
+def _index(problem: Problem, where: torch.device, generator: torch.Generator | None) -> Tensor | None:
+    """The order's index; where it is read and not computed, small problems take one that is not its own inverse."""
+    if problem.order == "none":
+        return None
+    if problem.order == "snake":
+        return _snake(problem, where)
+    if generator is not None:
+        return torch.randperm(problem.length, generator=generator, device=where).int()
+    return TokenOrder("hilbert").indices(problem.length).to(where).int()
+
+
+def _snake(problem: Problem, where: torch.device) -> Tensor:
+    """Steps -> tokens of a snake with the problem's row width, whatever its length: every second row runs backwards."""
+    tokens = torch.arange(problem.length, device=where)
+    row, column = (tokens - problem.prefix) // problem.row_width, (tokens - problem.prefix) % problem.row_width
+    ends = torch.clamp(problem.length - problem.prefix - row * problem.row_width, max=problem.row_width)
+    turned = problem.prefix + row * problem.row_width + ends - 1 - column
+    backwards = (row % 2 == 1) & (tokens >= problem.prefix)
+    return torch.where(backwards, turned, tokens).int()
+
+
+def _offsets(problem: Problem, where: torch.device) -> HeadOffsets:
+    heads, rate = problem.heads, problem.branches[0][1]
+    if problem.head_offset != "table":
+        return HeadOffsets((head_offsets(problem.head_offset, heads, rate),))
+    rows = (head_offsets("cyclic", heads, rate),)
+    return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=where))
+
+
+def _reference(inputs: Scene) -> Outputs:
+    """out, lse and gradients in float64."""
+    problem, dropout = inputs.problem, inputs.dropout
+    q, k, v = (x.double().requires_grad_(inputs.op != "fwd") for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = reference.dilated_attention(
+        q,
+        k,
+        v,
+        *([number] for number in problem.branches[0]),
+        queries=problem.queries,
+        head_offset=torch.tensor(inputs.offsets.rows),
+        order=None if inputs.index is None else inputs.index.long(),
+        is_causal=problem.causal,
+        key_padding_mask=inputs.mask,
+        padding=problem.padding,
+        dropout_mask=None if dropout is None else lambda branch: dropout.multipliers(problem, branch),
+    )
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if inputs.op != "fwd":
+        objective = (out * inputs.dout.double()).sum() + 0.0 * (q.sum() + k.sum() + v.sum())
+        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(objective, (q, k, v)), strict=True))
+    return found
+
+
+def _wide(inputs: Scene) -> Outputs:
+    """The same by the torch backend in float32."""
+    problem = replace(inputs.problem, dtype="fp32", tf32=False)
+    plan = Plan(problem, None, "torch", (), (), "torch")
+    q, k, v, dout = (x.float() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    sides = {"scale": inputs.scale, "index": inputs.index, "mask": inputs.mask, "offsets": inputs.offsets}
+    out, lse = torch_backend.forward(plan, q, k, v, **sides, dropout=inputs.dropout)  # type: ignore[arg-type]
+    found = {"out": out, "lse": lse}
+    if inputs.op != "fwd":
+        gradients = torch_backend.backward(plan, q, k, v, out, lse, dout, None, **sides, dropout=inputs.dropout)  # type: ignore[arg-type]
+        found |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return found
+
+
+def _merged(inputs: Scene, generator: torch.Generator) -> None:
+    """Fill the outputs with an earlier branch's results, of the size of this one's, and expect both together."""
+    expected, dtype = inputs.expected, inputs.q.dtype
+
+    def like(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return (noise * x.float().square().mean().sqrt()).to(dtype)
+
+    if inputs.op != "fwd":
+        inputs.before = {name: like(x) for name, x in expected.items()}
+        inputs.expected = {name: x + inputs.before[name].to(x.dtype) for name, x in expected.items()}
+        return
+    out, lse = expected["out"], expected["lse"]
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    earlier = torch.randn(lse.shape, generator=generator, device=lse.device) + finite.float().mean()
+    inputs.before = {"out": like(out), "lse": earlier}
+    both = torch.logaddexp(lse, earlier.to(lse.dtype))
+    weight = torch.exp(lse - both).transpose(1, 2).unsqueeze(3)
+    mixed = weight * out + (1.0 - weight) * inputs.before["out"].to(out.dtype)
+    inputs.expected = {"out": mixed, "lse": both}
+
+
+def fresh(inputs: Scene, guard: int) -> tuple[Outputs, list[tuple[str, Tensor]]]:
+    """Outputs between guard bands of NaN, and the whole memory of each: full of NaN, or of an earlier branch."""
+    outputs, memories = {}, []
+    for name in OUTPUTS[inputs.op]:
+        shape = inputs.expected[name].shape
+        dtype = torch.float32 if name == "lse" else inputs.q.dtype
+        memory = torch.full((shape.numel() + 2 * guard,), torch.nan, dtype=dtype, device=inputs.q.device)
+        outputs[name] = memory[guard : guard + shape.numel()].view(shape)
+        if inputs.merge:
+            outputs[name].copy_(inputs.before[name])
+        memories.append((name, memory))
+    return outputs, memories
+
+
+assert OUTPUTS.keys() == set(OPS)

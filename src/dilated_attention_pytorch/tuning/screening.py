@@ -1,0 +1,134 @@
+"""Compiling candidates for an architecture, many at once, in processes that may fail: needs no GPU.
+
+What is compiled here lies in Triton's cache on disk afterwards, so that a measuring process does not compile it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import generated
+from ..config import Problem
+from ..database import Resources
+from ..device import Device
+from .problems import planned
+from .space import Candidate
+from .worker import Lost, NoStart, Raised, Worker
+
+LIMIT_S = 60.0
+"""Seconds a compilation may take: one in a hundred of them takes minutes."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One launch to compile.
+
+    Attributes:
+        problem: A call of one branch.
+        op: "fwd", "dkdv" or "dq".
+        merge: As a later branch's launch.
+        candidate: A kernel's.
+    """
+
+    problem: Problem
+    op: str
+    merge: bool
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of it: status as in the journal, resources where it compiled, else a message."""
+
+    status: str
+    resources: Resources | None = None
+    message: str = ""
+
+
+def compiler(device: Device) -> Callable[[Compilation], Resources]:
+    """What a compiling process does."""
+    import torch
+
+    from .screen import compile_offline
+
+    torch.set_num_threads(1)
+    texts = generated.names()
+
+    def compile_one(job: Compilation) -> Resources:
+        branch = planned(job.problem, job.candidate.config, device, texts).branches[0]
+        found = compile_offline(job.problem, branch, job.op, device.arch, merge=job.merge)
+        return Resources(found.shared_bytes, found.registers or 0, found.spills or 0)
+
+    return compile_one
+
+
+class Pool:
+    """Compiling processes and the jobs that wait for them, first come first served.
+
+    Args:
+        device: What is compiled for.
+        processes: How many; None is one a core.
+        setup: What makes the function of a job; tests put theirs.
+        limit_s: Seconds a job may take.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        processes: int | None = None,
+        setup: Callable[[Device], Callable[[Compilation], Resources]] = compiler,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        self._device, self._limit_s = device, limit_s
+        self.workers = [Worker(setup, device) for _ in range(processes or cores())]
+        self._waiting: deque[tuple[Hashable, Compilation]] = deque()
+        self._running: dict[int, tuple[Hashable, Compilation]] = {}
+
+    def submit(self, label: Hashable, job: Compilation) -> None:
+        """Queue a job; its answer comes with the label."""
+        self._waiting.append((label, job))
+
+    def answers(self) -> list[tuple[Hashable, Compiled]]:
+        """What got ready since the last call; idle processes get new jobs. Does not wait."""
+        ready = []
+        for place, worker in enumerate(self.workers):
+            if worker.busy and (found := worker.answer()) is not None:
+                ready.append((self._running.pop(place)[0], _compiled(found, self._device)))
+            if not worker.busy and self._waiting:
+                self._running[place] = self._waiting.popleft()
+                worker.submit(self._running[place][1], self._limit_s)
+        return ready
+
+    @property
+    def backlog(self) -> int:
+        """Jobs that no process has begun."""
+        return len(self._waiting)
+
+    def drop(self, unwanted: Callable[[Hashable], bool]) -> None:
+        """Forget the jobs with such labels that no process has begun."""
+        self._waiting = deque(job for job in self._waiting if not unwanted(job[0]))
+
+    def stop(self) -> None:
+        """End every process."""
+        for worker in self.workers:
+            worker.stop()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compiled(found: Any, device: Device) -> Compiled:
+    if isinstance(found, Lost):
+        return Compiled("timeout" if found.timeout else "compile", message=found.message)
+    if isinstance(found, (Raised, NoStart)):
+        return Compiled("compile", message=found.message)
+    if found.shared_bytes > device.shared_bytes:
+        said = f"{found.shared_bytes:,} bytes of shared memory a block; {device.name} has {device.shared_bytes:,}"
+        return Compiled("resources", found, said)
+    return Compiled("ok", found)

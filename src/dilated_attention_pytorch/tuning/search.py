@@ -1,0 +1,221 @@
+"""The search for one task's winner, as a generator that asks for measurements and is handed rows: it measures nothing.
+
+1. screen: everything is compiled; what does not fit or spills is left out.
+2. check, race: one candidate after the other, the untuned default and the incumbent first; one that is far behind the
+   best so far is dropped after a few launches.
+3. step: what lies one step around the best three, the same way.
+4. finals: the best few, the default and the incumbent once more, on ragged sizes and then timed in turn.
+5. `decide`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from .journal import Measurement
+from .space import KERNEL, Candidate
+
+FAR_BEHIND = 1.25
+"""A candidate whose first launches are slower than the best by this factor is dropped."""
+STEPPED_FROM = 3
+"""Candidates that the step goes around."""
+FINALISTS = 4
+CLOSE = 1.10
+"""No finalist was slower in the race than the best by more than this factor."""
+ENOUGH = 4
+"""With fewer candidates than this that do not spill, those that do are raced too."""
+
+TIE = 0.02
+"""Medians no further apart than this are a tie, and so are overlapping intervals."""
+UPSET = 0.03
+"""An incumbent falls only to what is faster by so much."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a search wants measured.
+
+    Attributes:
+        stage: "screen", "check", "race", "step" or "finals".
+        candidates: In finals they are timed in turn.
+        ragged: On the problem with tails.
+        limit_us: A candidate that is slower is dropped early.
+    """
+
+    stage: str
+    candidates: tuple[Candidate, ...]
+    ragged: bool = False
+    limit_us: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner's row of the finals and why it is the winner; all rows of the finals, and how many were raced."""
+
+    winner: Measurement
+    why: str
+    finals: tuple[Measurement, ...]
+    raced: int
+
+
+Search = Generator[Request, list[Measurement], "Verdict | None"]
+
+
+def search(
+    candidates: Sequence[Candidate],
+    incumbent: Candidate | None = None,
+    *,
+    rivals: Sequence[Candidate] = (),
+    neighbours: Callable[[Candidate], Sequence[Candidate]] = lambda candidate: (),
+    hurry: Callable[[], bool] = lambda: False,
+) -> Search:
+    """Find the winner.
+
+    Args:
+        candidates: The untuned default first, then by promise.
+        incumbent: What the database has.
+        rivals: External routes: timed in the finals, and never the winner.
+        neighbours: What lies around a candidate.
+        hurry: Time is over: no further candidate is begun, those that were raced go to the finals.
+
+    Yields:
+        Requests; each is answered by the rows of its candidates, in their order.
+
+    Returns:
+        None where no candidate survived.
+    """
+    default = candidates[0]
+    wanted = list(dict.fromkeys((default, *([incumbent] if incumbent else []), *candidates)))
+    chosen = wanted[: 2 if incumbent else 1]
+    racing = _Racing()
+    yield from racing.race((yield from _screened(wanted, chosen)), "race", hurry)
+    if not hurry():
+        around = [near for best in racing.ranked()[:STEPPED_FROM] for near in neighbours(candidate_of(best))]
+        new = [candidate for candidate in dict.fromkeys(around) if candidate not in wanted]
+        if new:
+            yield from racing.race((yield from _screened(new, [])), "step", hurry)
+    finals = yield from _finals(racing, chosen, rivals)
+    eligible = [row for row in finals if row.status == "ok" and row.route == default.route]
+    if not eligible:
+        return None
+    winner, why = decide(eligible, default, incumbent)
+    return Verdict(winner, why, tuple(finals), len(racing.rows))
+
+
+def candidate_of(row: Measurement) -> Candidate:
+    """The candidate that a row measured."""
+    return Candidate(row.route, tuple(row.config.items()))
+
+
+def _screened(
+    candidates: Sequence[Candidate], chosen: Sequence[Candidate]
+) -> Generator[Request, list[Measurement], list[Candidate]]:
+    """Those worth racing, in their order; the chosen are, even if they spill."""
+    rows = yield Request("screen", tuple(candidates))
+    good = [row for row in rows if row.status == "ok" or (row.status == "screened" and candidate_of(row) in chosen)]
+    spilling = [row for row in rows if row.status == "screened" and row not in good]
+    spilling.sort(key=lambda row: row.resources.spills if row.resources else 0)
+    return [candidate_of(row) for row in (*good, *spilling[: max(ENOUGH - len(good), 0)])]
+
+
+class _Racing:
+    """Who was raced, with the rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[Measurement] = []
+
+    @property
+    def best_us(self) -> float:
+        """The fastest median so far."""
+        return min((row.median_us for row in self.rows if row.median_us is not None), default=float("inf"))
+
+    def race(
+        self, candidates: Sequence[Candidate], stage: str, hurry: Callable[[], bool]
+    ) -> Generator[Request, list[Measurement], None]:
+        """Check and time one after the other."""
+        for candidate in candidates:
+            if self.rows and hurry():
+                return
+            [checked] = yield Request("check", (candidate,))
+            if checked.status == "ok":
+                [timed] = yield Request(stage, (candidate,), limit_us=FAR_BEHIND * self.best_us)
+                if timed.status == "ok":
+                    self.rows.append(timed)
+
+    def ranked(self) -> list[Measurement]:
+        """The fastest first."""
+        return sorted(self.rows, key=lambda row: row.median_us or 0.0)
+
+
+def _finals(
+    racing: _Racing, chosen: Sequence[Candidate], rivals: Sequence[Candidate]
+) -> Generator[Request, list[Measurement], list[Measurement]]:
+    """The rows of the finals: of who passes the check with tails."""
+    ranked = racing.ranked()
+    close = [candidate_of(row) for row in ranked if (row.median_us or 0.0) <= CLOSE * racing.best_us]
+    raced = [candidate_of(row) for row in ranked]
+    wanted = list(dict.fromkeys((*close[:FINALISTS], *(c for c in chosen if c in raced))))
+    finalists = []
+    for place, candidate in enumerate(wanted):
+        if place == 0:
+            yield Request("screen", tuple(wanted), ragged=True)
+        [checked] = yield Request("check", (candidate,), ragged=True)
+        if checked.status == "ok":
+            finalists.append(candidate)
+    if not finalists:
+        return []
+    return (yield Request("finals", (*finalists, *rivals)))
+
+
+def decide(
+    finals: Sequence[Measurement], default: Candidate, incumbent: Candidate | None = None
+) -> tuple[Measurement, str]:
+    """The winner of the finals, and why.
+
+    A tie is within `TIE` of the fastest, or has an interval that overlaps the fastest's. Of those that tie, the
+    incumbent goes first, then the default, then what takes less shared memory, then fewer warps. An incumbent also
+    stays where the fastest is not `UPSET` faster. Nobody wins who is slower than the default.
+
+    Args:
+        finals: Rows with times, of one route.
+        default: The untuned default.
+        incumbent: What the database has.
+    """
+    fastest = min(finals, key=_median)
+    rows = {candidate_of(row): row for row in finals}
+    ties = [row for row in finals if _ties(row, fastest)]
+    untuned = rows.get(default)
+    if incumbent in rows:
+        held = rows[incumbent]
+        beaten = untuned is not None and not _ties(held, untuned) and _median(held) > _median(untuned)
+        if not beaten and held in ties:
+            return held, "fastest" if held is fastest else "tie: incumbent"
+        if not beaten and _median(held) < _median(fastest) * (1 + UPSET):
+            return held, "incumbent kept"
+    if untuned in ties:
+        return untuned, "fastest" if untuned is fastest else "tie: default"
+    if untuned is not None:
+        ties = [row for row in ties if _median(row) <= _median(untuned)]
+    winner = min(ties, key=lambda row: (_shared(row), _warps(row), _median(row)))
+    if winner is fastest:
+        return winner, "fastest"
+    return winner, "tie: less shared memory" if _shared(winner) < _shared(fastest) else "tie: fewer warps"
+
+
+def _ties(row: Measurement, fastest: Measurement) -> bool:
+    overlap = (row.low_us or 0.0) <= (fastest.high_us or 0.0)
+    return _median(row) <= _median(fastest) * (1 + TIE) or overlap
+
+
+def _median(row: Measurement) -> float:
+    assert row.median_us is not None, "the finals hold times"
+    return row.median_us
+
+
+def _shared(row: Measurement) -> int:
+    return row.resources.shared_bytes if row.resources else 0
+
+
+def _warps(row: Measurement) -> int:
+    return int(row.config.get("num_warps", 0)) if row.route == KERNEL else 0

@@ -1,0 +1,212 @@
+"""Every choice is a candidate by being declared here: what a launch may look like, and what could run in its place.
+
+Pure: a task and a device in, candidates out. A candidate that this file lets through may still fail to compile, spill
+or be slow; one that it leaves out is never tried, so its rules are hard ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .. import heuristics
+from ..config import LaunchConfig, next_power_of_two
+from ..device import Device
+from ..runtime.variants import query_rows
+from .problems import Task, default_config
+
+KERNEL, TORCH, CUDNN = "kernel", "torch", "cudnn"
+
+Value = int | str | None
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """One way to run a task.
+
+    Attributes:
+        route: "kernel" (ours), or an external route: "torch", "cudnn".
+        choices: Values by name; those of a `LaunchConfig` for a kernel.
+    """
+
+    route: str
+    choices: tuple[tuple[str, int | str], ...] = ()
+
+    @classmethod
+    def of(cls, config: LaunchConfig) -> Candidate:
+        """Our kernel with this configuration."""
+        return cls(KERNEL, tuple(config.to_dict().items()))
+
+    @property
+    def config(self) -> LaunchConfig:
+        """The configuration of a kernel."""
+        return LaunchConfig(**dict(self.choices))  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """`128x64_w8_s3` for a kernel, `torch views=1` for others."""
+        if self.route == KERNEL:
+            return self.config.name
+        return " ".join([self.route, *(f"{name}={value}" for name, value in self.choices)])
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One field of a configuration.
+
+    Attributes:
+        name: The field.
+        values: What a search tries from the start.
+        steps: All that a step around a good candidate may move to, in order; `values` are among them.
+    """
+
+    name: str
+    values: Callable[[Task, Device], tuple[Value, ...]]
+    steps: Callable[[Task, Device], tuple[Value, ...]]
+
+
+def _tiles(most_rows: Callable[[Task], int], sizes: tuple[int, ...]) -> Callable[[Task, Device], tuple[Value, ...]]:
+    """Tile sizes up to the first that holds a whole segment."""
+
+    def values(task: Task, device: Device) -> tuple[Value, ...]:
+        most = max(next_power_of_two(most_rows(task)), 16)
+        return tuple(size for size in sizes if size <= most) or (most,)
+
+    return values
+
+
+def _queries(task: Task) -> int:
+    return query_rows(task.problem, 0)
+
+
+def _keys(task: Task) -> int:
+    return task.problem.rows(0)
+
+
+def _fixed(*values: Value) -> Callable[[Task, Device], tuple[Value, ...]]:
+    return lambda task, device: values
+
+
+def _warps(task: Task, device: Device) -> tuple[Value, ...]:
+    """Segments of a few rows make tiles for a warp or two."""
+    return (1, 2, 4) if _keys(task) <= 64 else (4, 8)
+
+
+def _stages(*values: Value) -> Callable[[Task, Device], tuple[Value, ...]]:
+    """Turing has no asynchronous copies to pipeline."""
+    return lambda task, device: (1,) if device.arch == "sm_75" else values
+
+
+def _registers(task: Task, device: Device) -> tuple[Value, ...]:
+    """Caps at which two, three or four blocks share an SM; AMD's compiler takes none."""
+    return (None,) if device.arch.startswith("gfx") else (128, 168, None)
+
+
+COORDINATES = (
+    Coordinate("block_m", _tiles(_queries, (32, 64, 128)), _tiles(_queries, (16, 32, 64, 128, 256))),
+    Coordinate("block_n", _tiles(_keys, (32, 64, 128)), _tiles(_keys, (16, 32, 64, 128, 256))),
+    Coordinate("num_warps", _warps, _fixed(1, 2, 4, 8, 16)),
+    Coordinate("num_stages", _stages(1, 2, 3, 4), _stages(1, 2, 3, 4, 5)),
+    Coordinate("maxnreg", _fixed(None), _registers),
+    Coordinate("loads", _fixed("pointer"), _fixed("pointer")),
+)
+"""The fields of a configuration. No text loads by descriptor yet: the one that does adds the value here."""
+
+
+def space(task: Task, device: Device) -> list[Candidate]:
+    """Every kernel candidate of a task on a device, the most promising first, the untuned default leading.
+
+    Promising is near the default: so few steps of a factor of two away.
+    """
+    default = default_config(task, device)
+    grid = itertools.product(*(c.values(task, device) for c in COORDINATES))
+    found = {config for values in grid if _allowed(task, device, config := _config(values))}
+    ranked = sorted(found - {default}, key=lambda config: (_steps_away(config, default), config))
+    return [Candidate.of(config) for config in (default, *ranked)]
+
+
+def neighbours(task: Task, device: Device, candidate: Candidate) -> list[Candidate]:
+    """What lies one step of one coordinate away."""
+    if candidate.route != KERNEL:
+        return []
+    config = candidate.config
+    found = []
+    for coordinate in COORDINATES:
+        steps = coordinate.steps(task, device)
+        here = getattr(config, coordinate.name)
+        if here in steps:
+            place = steps.index(here)
+            for value in (*steps[max(place - 1, 0) : place], *steps[place + 1 : place + 2]):
+                moved = replace(config, **{coordinate.name: value})  # type: ignore[arg-type]
+                if _allowed(task, device, moved):
+                    found.append(Candidate.of(moved))
+    return found
+
+
+def rivals(task: Task, device: Device) -> list[Candidate]:
+    """External routes that could run in a kernel's place: what the user would have written. Timed, never recorded."""
+    if task.op != "fwd":
+        return []  # both compute all three gradients at once
+    problem = task.problem
+    dense = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
+    whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
+    cudnn = dense and whole and problem.padding == "none" and problem.dtype in ("bf16", "fp16")
+    supported = device.arch.startswith("sm_") and int(device.arch[3:]) >= 80
+    return [Candidate(TORCH), *([Candidate(CUDNN)] if cudnn and supported else [])]
+
+
+def _config(values: tuple[Value, ...]) -> LaunchConfig:
+    return LaunchConfig(**dict(zip((c.name for c in COORDINATES), values, strict=True)))  # type: ignore[arg-type]
+
+
+def _allowed(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """The hard rules."""
+    return all(rule(task, device, config) for rule in RULES)
+
+
+def _fits(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """The estimate is an upper one: what is a little above it may fit, and compiling tells."""
+    problem = task.problem
+    need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, config, device.arch)
+    return need <= 1.1 * device.shared_bytes
+
+
+def _pipelines_a_loop(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """A loop that runs once has nothing to overlap: more than one stage is the same kernel again."""
+    walked, tile = (_queries(task), config.block_m) if task.op == "dkdv" else (_keys(task), config.block_n)
+    return config.num_stages == 1 or tile < walked
+
+
+def _keeps_warps_busy(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """At least a 16-row fragment of the products a warp; on Hopper a warpgroup takes 64 rows of its own."""
+    stay, loop = (config.block_n, config.block_m) if task.op == "dkdv" else (config.block_m, config.block_n)
+    if device.arch in ("sm_90", "sm_100", "sm_103") and config.num_warps >= 8:
+        return stay >= 16 * config.num_warps
+    return stay * max(loop, heuristics.padded_head_dim(task.problem.head_dim)) >= 512 * config.num_warps
+
+
+def _holds_its_accumulators(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """float32 accumulators and scores of a thread leave room in its 255 registers."""
+    width = heuristics.padded_head_dim(task.problem.head_dim)
+    tile = config.block_m * config.block_n
+    held = {
+        "fwd": tile + config.block_m * width,
+        "dkdv": tile + 2 * config.block_n * width,
+        "dq": tile + config.block_m * width,
+    }[task.op]
+    threads = config.num_warps * device.warp_size
+    return held / threads <= (config.maxnreg or 256)
+
+
+RULES = (_fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
+
+
+def _steps_away(config: LaunchConfig, default: LaunchConfig) -> float:
+    """Steps of a factor of two in blocks and warps, and of one in stages."""
+
+    def octaves(name: str) -> float:
+        return abs(math.log2(getattr(config, name) / getattr(default, name)))
+
+    return sum(map(octaves, ("block_m", "block_n", "num_warps"))) + abs(config.num_stages - default.num_stages) / 2
