@@ -1,0 +1,148 @@
+"""Every committed measurement, proven without a GPU: read, found by its own key, fit for its device, compiled again.
+
+Compiling all of it takes a while: ordinary runs draw a few entries, by the digest of the database, and `make prove`
+(PROVE=all) takes every one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dilated_attention_pytorch import cli, database, device
+from dilated_attention_pytorch.config import LaunchConfig
+from dilated_attention_pytorch.database import Database, Entry, Resources
+from dilated_attention_pytorch.device import Toolchain
+from dilated_attention_pytorch.errors import DatabaseError
+from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.tuning import ledger
+from dilated_attention_pytorch.tuning.ledger import Row
+
+from .measurements import PROBLEM, entry
+
+PARTS = 8
+"""So that a proof of everything is spread over the cores."""
+DRAWN = None if os.environ.get("PROVE") == "all" else 1
+"""Entries a part; None is all of them."""
+
+compiles = [
+    pytest.mark.compile,
+    pytest.mark.toolchain,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+
+def part_of(rows: list[Row], part: int, seed: str) -> list[Row]:
+    """The entries of one part, in an order that nobody chose."""
+    mixed = random.Random(seed).sample(rows, len(rows))
+    return mixed[part::PARTS][:DRAWN]
+
+
+def test_every_committed_entry_is_read_reachable_and_fit() -> None:
+    """An entry that no call ever finds, or that its own GPU cannot launch, is tuning that helps nobody."""
+    committed = database.load()
+    assert ledger.unread(committed) == []
+    assert ledger.faults(ledger.rows(committed), committed) == []
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=compiles) for part in range(PARTS)])
+def test_a_committed_entry_compiles_to_what_it_claims(part: int) -> None:
+    """Written by hand, or measured on a kernel that this compiler turns into another one."""
+    committed, toolchain = database.load(), Toolchain.current()
+    rows = [row for row in ledger.rows(committed, toolchain) if row.status != database.KERNEL_STALE]
+    drawn = part_of(rows, part, committed.digest())
+    wrong = {row.title: ledger.recompilation(row, committed.kernels, toolchain) for row in drawn}
+    assert {name: complaint for name, complaint in wrong.items() if complaint} == {}
+
+
+def test_the_parts_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof that leaves out what is last."""
+    rows = [Row(Path("a"), entry(median=float(median)), database.FRESH) for median in range(100, 137)]
+    monkeypatch.setattr(f"{__name__}.DRAWN", None)
+    parts = [row for part in range(PARTS) for row in part_of(rows, part, "seed")]
+    assert sorted(parts, key=lambda row: row.entry.time_us.median) == rows
+    monkeypatch.setattr(f"{__name__}.DRAWN", 1)
+    assert part_of(rows, 0, "seed") != part_of(rows, 0, "another")
+
+
+# ---- The proofs themselves -------------------------------------------------------------------------------------------
+
+
+def hand_made(root: Path, gpu: str, *entries: Entry) -> list[Row]:
+    """A database of entries of the general text, as it is rendered now."""
+    (digest,) = [digest for digest, names in database.rendered_kernels().items() if "general" in names]
+    current = [replace(each, provenance=replace(each.provenance, kernel=digest)) for each in entries]
+    database.save(device.simulated(gpu), current, root)
+    return ledger.rows(Database(root))
+
+
+def claiming(row: Row, shared_bytes: int, triton: str | None) -> Row:
+    measured = row.entry
+    return replace(
+        row,
+        entry=replace(
+            measured,
+            resources=Resources(shared_bytes, registers=128, spills=0),
+            provenance=replace(measured.provenance, triton=str(triton)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiles) for gpu in ("h100", "mi300x")])
+def test_a_wrong_claim_is_seen(tmp_path: Path, gpu: str) -> None:
+    """A comparison that compares nothing passes on every database."""
+    (row,) = hand_made(tmp_path, gpu, entry("dq"))
+    kernels, toolchain = database.rendered_kernels(), Toolchain.current()
+    takes = ledger.recompiled(row, kernels).shared_bytes
+    assert takes > 0
+    assert ledger.recompilation(claiming(row, takes, toolchain.triton), kernels, toolchain) is None
+    complaint = ledger.recompilation(claiming(row, takes + 16, toolchain.triton), kernels, toolchain)
+    assert complaint == f"takes {takes:,} bytes of shared memory, and claims {takes + 16:,}; tune it again"
+    # Another compiler may allocate otherwise, as long as it fits.
+    assert ledger.recompilation(claiming(row, takes + 16, "3.5.0"), kernels, toolchain) is None
+
+
+@pytest.mark.parametrize("gpu", [pytest.param("l4", marks=compiles)])
+def test_check_compiles_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path, gpu: str) -> None:
+    """CI asks the command, and reads its exit code."""
+    measured = claiming(Row(tmp_path, entry(), ""), 40_000, Toolchain.current().triton).entry
+    hand_made(tmp_path, gpu, measured)
+    assert cli.main(["db", "check", "--db", str(tmp_path)]) == 0
+    assert cli.main(["db", "check", "--db", str(tmp_path), "--compile"]) == 1
+    assert "bytes of shared memory, and claims 40,000; tune it again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", [pytest.param("l4", marks=compiles)])
+def test_what_another_compiler_makes_too_large_is_seen(tmp_path: Path, gpu: str) -> None:
+    """It would be found by whoever upgrades, at the first launch."""
+    large = entry(problem=replace(PROBLEM, head_dim=128), config=LaunchConfig(128, 128, num_warps=8, num_stages=3))
+    (row,) = hand_made(tmp_path, gpu, large)
+    complaint = ledger.recompilation(claiming(row, 100_000, "3.5.0"), database.rendered_kernels(), Toolchain.current())
+    assert complaint is not None
+    assert "bytes of shared memory with Triton" in complaint and "of 101,376" in complaint
+
+
+def test_an_entry_of_no_kernel_cannot_be_compiled(tmp_path: Path) -> None:
+    """It must not be compiled from another text, and found right."""
+    (row,) = hand_made(tmp_path, "h100", entry())
+    with pytest.raises(DatabaseError, match=r"no kernel has the text .*; tune it again"):
+        ledger.recompiled(row, {})
+
+
+def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:
+    """A proof that asks the database, and not the plan, passes where the plan never looks."""
+    rows = hand_made(tmp_path, "h100", entry(), entry("dkdv"), entry("dq"))
+    committed = Database(tmp_path)
+    assert ledger.faults(rows, committed) == []
+    (branch,) = plan(PROBLEM, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed).branches
+    assert [choice.rung for choice in (branch.fwd, branch.dkdv, branch.dq)] == ["exact"] * 3
+    for row in rows:
+        problem = ledger.asking(row.entry.key)
+        assert problem is not None
+        assert (
+            plan(problem, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed).rung == "exact"
+        )
