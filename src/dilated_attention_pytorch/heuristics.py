@@ -35,12 +35,27 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2), (32, 32, 4, 1)), 512: ((32, 16, 4, 1),)},
     },
 }
-# float32 operands: no tensor cores unless tf32 is on, and twice the bytes. All that sm_75 has.
+# float32 without tensor cores, and so all that sm_75 and AMD's have: small tiles, or registers overflow.
 _WIDE: dict[int, _Sizes] = {512: ((32, 32, 4, 2), (32, 32, 4, 1)), 1024: ((16, 16, 4, 1),)}
 _FLOAT32: dict[str, dict[int, _Sizes]] = {
     "fwd": {**dict.fromkeys((64, 128, 256), ((128, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))), **_WIDE},
     "dkdv": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 2), (32, 32, 4, 2))), **_WIDE},
     "dq": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 2), (32, 32, 4, 2))), **_WIDE},
+}
+# float32 on tensor cores, in three products or one of tf32: what does not spill, compiled for sm_80, sm_90 and sm_100.
+# Of Hopper's at D = 64, the fastest on an H100.
+_FLOOR32: dict[int, _Sizes] = {1024: ((16, 16, 4, 1),)}
+_SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
+    "hopper": {
+        "fwd": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((64, 32, 4, 1),), **_FLOOR32},
+        "dkdv": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 1),)), 512: ((64, 32, 8, 1),), **_FLOOR32},
+        "dq": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((64, 32, 8, 1),), **_FLOOR32},
+    },
+    "other": {
+        "fwd": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
+        "dkdv": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
+        "dq": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
+    },
 }
 _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
@@ -57,7 +72,9 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
-    if _operand_bytes(dtype, arch) == 4:
+    if _splits(dtype, arch):
+        sizes = _SPLIT_FLOAT32["hopper" if arch == "sm_90" else "other"][op][row_bytes]
+    elif _operand_bytes(dtype, arch) == 4:
         sizes = _FLOAT32[op][row_bytes]
     else:
         sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
@@ -84,12 +101,12 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         buffers = max(2 * stages - 2, 1)
         return max(stay * row, buffers * loop * row + between) + vectors
     held = 2 * stay if backward else stay
+    if _splits(dtype, arch):
+        # Each operand lies there in two halves.
+        return 2 * (held + stages * loop) * row + vectors
     if stages == 1:
         buffers = {"fwd": 1, "dkdv": 3, "dq": 2}[op]
         between = 0 if backward else between
-    elif size == 4:
-        # tf32 products want operands turned, in a buffer of their own: the backward's, and those on large tiles.
-        buffers = 2 * stages if backward or stay >= 64 else 2 * stages - 2
     elif arch in ("sm_90", "sm_100", "sm_103") and stay >= 64:
         # These tensor cores read the buffers themselves: one more is in use.
         buffers = 2 * stages + (2 if backward and arch != "sm_90" else 0)
@@ -97,6 +114,11 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     else:
         buffers = 2 * stages - 2
     return (held + buffers * loop) * row + between + vectors
+
+
+def has_tensor_cores_for_float32(arch: str) -> bool:
+    """The architecture's tensor cores take tf32: NVIDIA's from Ampere on."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 80
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -107,6 +129,11 @@ def padded_head_dim(head_dim: int) -> int:
 def _operand_bytes(dtype: str, arch: str) -> int:
     """Bytes of a number as a product takes it: Triton has no tensor cores on Turing and widens float16 to float32."""
     return 4 if arch == "sm_75" else DTYPE_BYTES[dtype]
+
+
+def _splits(dtype: str, arch: str) -> bool:
+    """Products of this dtype are taken by tensor cores in halves of its operands."""
+    return dtype == "fp32" and has_tensor_cores_for_float32(arch)
 
 
 def _shrunk(config: LaunchConfig, queries: int, keys: int, width: int) -> LaunchConfig:

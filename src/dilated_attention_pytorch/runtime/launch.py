@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import generated
 from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
+from ..heuristics import has_tensor_cores_for_float32
 from .arguments import HeadOffsets
 from .dropout import Dropout
 
@@ -57,7 +58,7 @@ def forward(
     lse = allocate((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
     if out.numel() == 0:
         return out, lse
-    shared = shared_values(plan.problem, scale, index, mask, dropout, q=q, k=k, v=v)
+    shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v)
     shared.update(p_out=out, p_lse=lse)
     with _on(q):
         for place, branch in enumerate(plan.branches):
@@ -104,7 +105,7 @@ def backward(
         dv.zero_()
     if dq.numel() == 0:
         return dq, dk, dv
-    shared = shared_values(plan.problem, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
+    shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     delta = allocate(lse.shape, lse.dtype, lse.device)
     shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
     detached = plan.problem.mix_grad == "detached"
@@ -142,8 +143,14 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def _arch(plan: Plan) -> str:
+    assert plan.device is not None, "a plan of kernels has a device"
+    return plan.device.arch
+
+
 def shared_values(
     problem: Problem,
+    arch: str,
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
@@ -186,8 +193,21 @@ def shared_values(
         "HAS_DROPOUT": dropout is not None,
         "HAS_PHANTOMS": problem.padding == "zeros" and not problem.causal,
         "HEAD_OFFSET": problem.head_offset,
-        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "PRECISION": _precision(problem, arch),
     }
+
+
+def _precision(problem: Problem, arch: str) -> str:
+    """How products of float32 are taken.
+
+    Tensor cores take tf32; three such products of the operands' high and low halves are float32's (errors of 4e-7 where
+    float32's own are 3e-7 to 9e-7, at a third to an eighth of the time: CONTRIBUTING.md). Others have no such cores.
+    """
+    if problem.dtype != "fp32":
+        return "ieee"
+    if problem.tf32:
+        return "tf32"
+    return "tf32x3" if has_tensor_cores_for_float32(arch) else "ieee"
 
 
 def branch_values(

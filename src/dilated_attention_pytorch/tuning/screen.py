@@ -66,12 +66,12 @@ def compile_offline(problem: Problem, branch: BranchPlan, op: str, arch: str, *,
         Exception: Whatever the compiler raises.
     """
     choice: Choice = getattr(branch, op)
-    return _compiled(prepared(choice, _values(problem, branch, place=int(merge))), choice.config, arch)
+    return _compiled(prepared(choice, _values(problem, branch, place=int(merge), arch=arch)), choice.config, arch)
 
 
 def compile_delta(problem: Problem, branch: BranchPlan, arch: str) -> Resources:
     """Compile the kernel that every backward shares; raises as `compile_offline`."""
-    values = _values(problem, branch, place=0)
+    values = _values(problem, branch, place=0, arch=arch)
     return _compiled(prepared_delta(values, values["p_lse"]), DELTA, arch)
 
 
@@ -91,7 +91,7 @@ def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arc
     return Resources(compiled.metadata.shared, registers, spills)
 
 
-def _values(problem: Problem, branch: BranchPlan, place: int) -> dict[str, Any]:
+def _values(problem: Problem, branch: BranchPlan, place: int, arch: str) -> dict[str, Any]:
     """The launch's values by name, with tensors that have no memory."""
     b, n, h, g, d = problem.batch, problem.length, problem.heads, problem.kv_heads, problem.head_dim
 
@@ -106,7 +106,7 @@ def _values(problem: Problem, branch: BranchPlan, place: int) -> dict[str, Any]:
     offsets = meta(len(problem.branches), h, dtype=torch.int32) if problem.head_offset == "table" else None
     scale = d**-0.5
     dropout = Dropout(0.1, meta(1, dtype=torch.int64)) if problem.dropout else None
-    shared = shared_values(problem, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
+    shared = shared_values(problem, arch, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     row = meta(b, h, rows, dtype=torch.float32)
     shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
     return branch_values(problem, branch, place, HeadOffsets((), offsets), shared)
