@@ -42,7 +42,7 @@ demo: $(SETUP)
 
 # Triton's interpreter and its compiler cannot share a process.
 test: lint
-	$(call need,$(TESTS) build hatchling)
+	$(call need,$(TESTS) build hatchling matplotlib transformers)
 	$(PY) -m pytest -q
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter
 	$(PY) -m pytest -q -n auto -m compile
