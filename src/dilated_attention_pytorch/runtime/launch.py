@@ -6,6 +6,7 @@ kept, and later branches merge into what they find.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def forward(
     with _on(q):
         for place, branch in enumerate(plan.branches):
             values = branch_values(plan.problem, branch, place, offsets, shared)
-            _launch(prepared(branch.fwd, values), branch.fwd.config)
+            _run(plan.problem, branch.fwd, values)
     return out, lse
 
 
@@ -115,13 +116,13 @@ def backward(
         for place, branch in enumerate(plan.branches):
             values = branch_values(plan.problem, branch, place, offsets, shared)
             if detached:
-                _launch_branch_delta(branch, values)
+                _launch_branch_delta(plan.problem, branch, values)
             for choice in (branch.dkdv, branch.dq):
-                _launch(prepared(choice, values), choice.config)
+                _run(plan.problem, choice, values)
     return dq, dk, dv
 
 
-def _launch_branch_delta(branch: BranchPlan, values: Mapping[str, Any]) -> None:
+def _launch_branch_delta(problem: Problem, branch: BranchPlan, values: Mapping[str, Any]) -> None:
     """delta of one branch, where the weights that mix the branches are constants: its own output takes out's place."""
     out, lse = values["p_out"], values["p_lse"]
     alone = {
@@ -129,7 +130,7 @@ def _launch_branch_delta(branch: BranchPlan, values: Mapping[str, Any]) -> None:
         "p_lse": allocate(lse.shape, lse.dtype, lse.device),
         "MERGE": False,
     }
-    _launch(prepared(branch.fwd, {**values, **alone}), branch.fwd.config)
+    _run(problem, branch.fwd, {**values, **alone})
     _launch(prepared_delta({**values, "p_out": alone["p_out"]}, None), DELTA)
 
 
@@ -250,6 +251,33 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     given = {**values, "n_tiles": n_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     programs = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
     return kernel, _in_order(kernel, given), programs
+
+
+_STEPPED_DOWN: dict[Choice, Choice] = {}
+"""Choices that ran out of resources in this process, and what runs instead. Equal devices come to the same."""
+
+
+def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> None:
+    """Launch a choice. One that takes more than this GPU has, against what its rung foretold, steps down for good.
+
+    A configuration that the caller asked for is not replaced: its failure is the answer.
+    """
+    choice = _STEPPED_DOWN.get(choice, choice) if _STEPPED_DOWN else choice
+    try:
+        _launch(prepared(choice, values), choice.config)
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources" or choice.rung in ("config", "floor"):
+            raise
+        from .plan import step_down
+
+        smaller = _STEPPED_DOWN[choice] = step_down(problem, choice)
+        warnings.warn(
+            f"{choice.variant.name} {choice.op} with {choice.config.name} (rung {choice.rung}: {choice.why}) does not "
+            f"fit this GPU: {error} From now on {smaller.config.name} runs instead; "
+            "`dilated-attention db check` examines the entry, `dilated-attention tune` measures a new one",
+            stacklevel=2,
+        )
+        _run(problem, smaller, values)
 
 
 def _launch(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) -> None:

@@ -315,6 +315,15 @@ def _branch(question: _Question) -> BranchPlan:
     return BranchPlan(branch, problem.segment(branch), dilation, acting_order(problem, branch), fwd, dkdv, dq)
 
 
+def step_down(problem: Problem, choice: Choice) -> Choice:
+    """The smallest tiles in place of a choice that could not be launched."""
+    config = heuristics.FLOOR[-1]
+    variant = variant_for(problem, choice.branch, choice.op, config, _rendered())
+    assert variant is not None, "there was a text for larger tiles"
+    passed = (*choice.passed, (choice.rung, f"{choice.config.name} ran out of resources when it was launched"))
+    return replace(choice, variant=variant, config=config, rung="floor", why="the smallest tiles", passed=passed)
+
+
 def _climb(question: _Question, op: str) -> Choice:
     """Down the ladder to the first offer that fits."""
     passed: list[tuple[str, str]] = []

@@ -1,0 +1,70 @@
+"""What happens when a launch fails that the plan believed in."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dilated_attention_pytorch import device, heuristics
+from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.plan import Choice, plan
+
+PROBLEM = Problem("bf16", 1, 4096, 4, 4, 64, ((2048, 2),))
+
+
+class OutOfResources(Exception):
+    """Named like Triton's, which a machine without Triton does not have."""
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU on which nothing but the smallest tiles fits: the names of the configurations that were launched."""
+    names: list[str] = []
+
+    def fails(prepared: Choice, config: Any) -> None:
+        names.append(config.name)
+        if config != heuristics.FLOOR[-1]:
+            raise OutOfResources("out of resource: shared memory, Required: 300000, Hardware limit: 232448.")
+
+    monkeypatch.setattr(launch, "_launch", fails)
+    monkeypatch.setattr(launch, "prepared", lambda choice, values: choice)
+    monkeypatch.setattr(launch, "_STEPPED_DOWN", {})
+    return names
+
+
+def choice() -> Choice:
+    return plan(PROBLEM, device.simulated("h100"), "triton").branches[0].fwd
+
+
+def test_a_launch_that_does_not_fit_steps_down_once(tried: list[str]) -> None:
+    """Training that ends because an entry does not fit; a warning, or a failing launch, at every step."""
+    wanted = choice()
+    with pytest.warns(UserWarning, match=f"{wanted.variant.name} fwd with {wanted.config.name} .*Required: 300000"):
+        launch._run(PROBLEM, wanted, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch._run(PROBLEM, wanted, {})
+    smallest = heuristics.FLOOR[-1].name
+    assert tried == [wanted.config.name, smallest, smallest]
+
+
+def test_what_was_asked_for_is_not_replaced(tried: list[str]) -> None:
+    """A tuner or a user whose configuration silently becomes another."""
+    with pytest.raises(OutOfResources):
+        launch._run(PROBLEM, replace(choice(), rung="config"), {})
+    assert len(tried) == 1
+
+
+def test_other_errors_are_not_swallowed(tried: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fails for another reason, tried again with other tiles."""
+
+    def broken(prepared: Choice, config: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(launch, "_launch", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launch._run(PROBLEM, choice(), {})
