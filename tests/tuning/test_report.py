@@ -26,7 +26,7 @@ from dilated_attention_pytorch.tuning.journal import (
     read,
 )
 from dilated_attention_pytorch.tuning.report import as_dict, page, plain, show, summarise
-from dilated_attention_pytorch.tuning.report.facts import count, duration, micros, percent, times
+from dilated_attention_pytorch.tuning.report.facts import count, duration, micros, percent, shortened, times
 from dilated_attention_pytorch.tuning.report.peaks import PEAKS, Roof
 
 from .made_up import DEFAULT, LAUNCHES, RUN, keys, rows, write
@@ -220,7 +220,7 @@ def test_how_a_run_ended(found: list[Row], said: str) -> None:
 
 
 def test_words_and_numbers() -> None:
-    """A minute of 60 seconds, four figures that turn into five, a share of a share, 1 rows."""
+    """A minute of 60 seconds, four figures that turn into five, 1 rows, a word too long to be shown at all."""
     assert [duration(s) for s in (8.25, 59.99, 119.7, 3599.9, 7500)] == [
         "8.2 s",
         "60.0 s",
@@ -232,6 +232,7 @@ def test_words_and_numbers() -> None:
     assert [micros(value) for value in values] == ["3.14", "100.0", "171.2", "1,000", "1,204", "—", "—"]
     assert (times(1.184), percent(0.5), times(None), percent(None)) == ("1.18×", "50 %", "—", "—")
     assert (count(1, "row"), count(0, "row")) == ("1 row", "0 rows")
+    assert [shortened(text, 9) for text in ("a\n  b", "mangled9", "mangled_name")] == ["a b", "mangled9", "mangled …"]
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

@@ -300,6 +300,12 @@ def config_name(config: Config, route: str) -> str:
     return " ".join([*([] if route == "kernel" else [route]), *(f"{k}={v}" for k, v in config.items())])
 
 
+def shortened(message: str, width: int = 120) -> str:
+    """A message in one line of so many characters at most."""
+    line = " ".join(message.split())
+    return line if len(line) <= width else f"{line[: width - 2]} …"
+
+
 def duration(seconds: float) -> str:
     """ "8.2 s", "3 min 20 s", "2 h 5 min"."""
     if not seconds < 60:

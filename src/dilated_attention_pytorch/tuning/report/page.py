@@ -12,11 +12,13 @@ from xml.etree.ElementTree import Element
 
 from ..journal import Measurement
 from . import plots
-from .facts import STATUS_WORDS, Race, Report, config_name, is_positive, micros, percent, time_of, times
+from .facts import STATUS_WORDS, Race, Report, config_name, is_positive, micros, percent, shortened, time_of, times
 from .markup import document, tag
 from .text import versions, when
 
 HERE = Path(__file__).parent
+LONGEST = 1000
+"""Characters of a kind's example message; a compiler may print a whole program."""
 
 
 def page(report: Report) -> str:
@@ -229,10 +231,16 @@ def _candidates(race: Race, rows: Iterable[Measurement]) -> Element:
         relative = times(time_of(row) / base) if timed and base else "—"
         spread = f"{micros(row.low_us)}–{micros(row.high_us)}" if timed else "—"
         cells = (micros(row.median_us) if timed else "—", spread, relative)
-        end = f"{row.stage}, noisy" if row.flag else row.stage if timed else row.status.replace("_", " ")
+        end = f"{row.stage}, {row.flag}" if row.flag else row.stage if timed else row.status.replace("_", " ")
+        why = [tag("small", shortened(row.message))] if row.message else []
         name = config_name(row.config, row.route)
         shown.append(
-            tag("tr", tag("th", name, scope="row"), *(tag("td", c, class_="number") for c in cells), tag("td", end))
+            tag(
+                "tr",
+                tag("th", name, scope="row"),
+                *(tag("td", c, class_="number") for c in cells),
+                tag("td", end, *why),
+            )
         )
     columns = {"Candidate": None, "µs": "number", "interval": "number", "× pick": "number", "stage or failure": None}
     heads = (tag("th", name, scope="col", class_=kind) for name, kind in columns.items())
@@ -253,8 +261,7 @@ def _failures(report: Report) -> Iterator[Element]:
         race, row = failed[0]
         link = tag("a", f"problem {race.number}", href=f"#problem-{race.number}")
         name = tag("code", config_name(row.config, row.route))
-        message = row.message.strip() or "no message"
-        message = message if len(message) <= 600 else message[:600] + " …"
+        message = row.message.strip()[:LONGEST] or "no message"
         items += [
             tag("dt", tag("strong", str(len(failed))), " ", kind.replace("_", " ")),
             tag("dd", tag("p", STATUS_WORDS.get(kind, "")), tag("p", name, ", ", link), tag("pre", message)),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
 from ..journal import Measurement
-from .facts import NEAR, OP_WORDS, Race, Report, config_name, micros, percent, ratio, time_of
+from .facts import NEAR, OP_WORDS, Race, Report, config_name, micros, percent, ratio, shortened, time_of
 from .markup import tag
 from .peaks import arithmetic
 
@@ -148,19 +148,20 @@ def _candidate(race: Race, row: Measurement, base: float, right: float, y: float
 def _labels(race: Race, base: float, right: float) -> Iterator[Element]:
     """Names beside the pick and the default, on the side where there is room."""
     for place, row in enumerate(race.timed):
-        name = "pick" if row is race.winner else "default" if race.is_default(row) else ""
-        if not name or time_of(row) / base > right:
+        won, default = row is race.winner, race.is_default(row)
+        if not (won or default) or time_of(row) / base > right:
             continue
+        names = [f"pick {config_name(row.config, row.route)}"] * won + ["default"] * default
         ends = [_along(ratio(end, base) or time_of(row) / base, right) for end in (row.low_us, row.high_us)]
         left = float(ends[1][:-1]) > 70
         yield tag(
             "text",
-            f"{name} {config_name(row.config, row.route)}" if name == "pick" else name,
+            ", ".join(names),
             x=ends[0] if left else ends[1],
             dx="-10" if left else "10",
-            y=f"{22 + PITCH * place + 4}",
+            y=str(26 + PITCH * place),
             text_anchor="end" if left else "start",
-            class_=f"label {name}-label",
+            class_=f"label {'pick' if won else 'default'}-label",
         )
 
 
@@ -176,8 +177,7 @@ def _failures(kind: str, rows: list[Measurement], y: float) -> Iterator[Element]
     step = min(2.0, 64 / len(rows))
     for place, row in enumerate(rows):
         x = f"{36 + step * place:.2f}%"
-        message = " ".join(row.message.split())[:160]
-        told = tag("title", f"{config_name(row.config, row.route)}: {message or kind}")
+        told = tag("title", f"{config_name(row.config, row.route)}: {shortened(row.message) or kind}")
         yield tag("line", told, x1=x, x2=x, y1=f"{y - 5:g}", y2=f"{y + 5:g}", class_="failure")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 from ..ledger import title
-from .facts import Race, Report, config_name, count, micros, percent, time_of, times
+from .facts import Race, Report, config_name, count, micros, percent, shortened, time_of, times
 from .markup import printable
 
 
@@ -97,8 +96,7 @@ def tables(report: Report) -> Iterator[Table]:
         rows = []
         for kind, failed in report.failures.items():
             race, row = failed[0]
-            first = " ".join(row.message.split()) or "no message"
-            example = textwrap.shorten(first, 100, placeholder=" …")
+            example = shortened(row.message, 100) or "no message"
             rows.append((kind, str(len(failed)), f"#{race.number} {config_name(row.config, row.route)}: {example}"))
         yield Table("Failures", ("kind", ">rows", "example"), rows)
     if report.noisy:
