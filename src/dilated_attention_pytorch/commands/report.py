@@ -25,9 +25,9 @@ A run that was killed, or still runs, has a report of what it has measured so fa
 EXAMPLES = """\
 examples:
   dilated-attention report                                     the newest run, its page written beside the journal
-  dilated-attention report 2026-11-22-h100 --open              a run by name, its page opened in a browser
+  dilated-attention report h100 --open                         a run by name, its page opened in a browser
   dilated-attention report runs/h100.jsonl --html report.html
-  dilated-attention report h100 --json | jq '.problems[] | select(.gain < 1.05) | .words'
+  dilated-attention report h100 --json | jq .gain              the numbers for a script
 """
 
 

@@ -165,11 +165,7 @@ class Report:
         """How the run ended, in words."""
         if self.end is None:
             return "unfinished: it was stopped, or is still running"
-        return (
-            f"finished in {duration(self.end.seconds)}"
-            if self.end.finished
-            else (f"out of budget after {duration(self.end.seconds)}")
-        )
+        return f"{'finished in' if self.end.finished else 'out of budget after'} {duration(self.end.seconds)}"
 
 
 def summarise(journal: Journal) -> Report:
@@ -307,7 +303,7 @@ def shortened(message: str, width: int = 120) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "8.2 s", "3 min 20 s", "2 h 5 min"."""
+    """Seconds in words: "8.2 s", "3 min 20 s", "2 h 5 min"."""
     if not seconds < 60:
         minutes, left = divmod(round(seconds), 60)
         return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
@@ -315,7 +311,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, word: str) -> str:
-    """ "1 row", "2 rows"."""
+    """How many of them: "1 row", "2 rows"."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

@@ -6,15 +6,27 @@ escapes all of it, and the console command needs no package for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..journal import Measurement
 from . import plots
-from .facts import STATUS_WORDS, Race, Report, config_name, is_positive, micros, percent, shortened, time_of, times
+from .facts import (
+    STATUS_WORDS,
+    Race,
+    Report,
+    config_name,
+    count,
+    is_positive,
+    micros,
+    percent,
+    shortened,
+    time_of,
+    times,
+)
 from .markup import document, tag
-from .text import versions, when
+from .text import place, versions, when
 
 HERE = Path(__file__).parent
 LONGEST = 1000
@@ -42,11 +54,7 @@ def page(report: Report) -> str:
 
 def _masthead(report: Report, where: str) -> Element:
     run = report.run
-    facts = []
-    if run is not None:
-        facts = [run.arch, f"{run.sms} {'cores' if run.arch == 'cpu' else 'SMs'}"]
-        facts += [f"{report.roof.bandwidth:g} GB/s"] if report.roof.bandwidth else []
-    lines = [" · ".join(facts), " · ".join(versions(report)), " · ".join(when(report))]
+    lines = (" · ".join(facts(report)) for facts in (place, versions, when))
     command = [tag("p", tag("code", run.command), class_="command")] if run is not None else []
     return tag(
         "header",
@@ -243,9 +251,14 @@ def _candidates(race: Race, rows: Iterable[Measurement]) -> Element:
             )
         )
     columns = {"Candidate": None, "µs": "number", "interval": "number", "× pick": "number", "stage or failure": None}
+    return tag("details", tag("summary", f"{count(len(shown), 'row')} as a table"), _table(columns, shown))
+
+
+def _table(columns: Mapping[str, str | None], rows: Iterable[Element]) -> Element:
+    """A table that scrolls where it has no room; columns by name, with the class of those that are numbers."""
     heads = (tag("th", name, scope="col", class_=kind) for name, kind in columns.items())
-    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *shown))
-    return tag("details", tag("summary", f"{len(shown)} candidates as a table"), tag("div", table, class_="scroll"))
+    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
+    return tag("div", table, class_="scroll")
 
 
 # ---- What went wrong -------------------------------------------------------------------------------------------------
@@ -278,14 +291,7 @@ def _noisy(report: Report) -> Iterator[Element]:
         "Times that spread too wide even when measured again: another process was on the device, or its clock moved.",
         class_="lead",
     )
-    columns = {
-        "Problem": None,
-        "Candidate": None,
-        "Stage": None,
-        "Time, µs": "number",
-        "Low": "number",
-        "High": "number",
-    }
+    words, numbers = ("Problem", "Candidate", "Stage"), ("Time, µs", "Low", "High")
     rows = []
     for race, row in report.noisy:
         link = tag("a", f"{race.number}", href=f"#problem-{race.number}")
@@ -299,6 +305,4 @@ def _noisy(report: Report) -> Iterator[Element]:
                 *(tag("td", value, class_="number") for value in spread),
             )
         )
-    heads = tag("tr", *(tag("th", name, scope="col", class_=kind) for name, kind in columns.items()))
-    table = tag("table", tag("thead", heads), tag("tbody", *rows))
-    yield tag("div", table, class_="scroll")
+    yield _table(dict.fromkeys(words) | dict.fromkeys(numbers, "number"), rows)

@@ -47,9 +47,16 @@ def header(report: Report) -> list[str]:
     run = report.run
     if run is None:
         return ["Tuning report: the journal holds no run yet"]
-    place = [run.arch, f"{run.sms} {'cores' if run.arch == 'cpu' else 'SMs'}"]
-    place += [f"{report.roof.bandwidth:g} GB/s"] if report.roof.bandwidth else []
-    return [f"Tuning report: {run.device} ({', '.join(place)})", " · ".join([*versions(report), *when(report)])]
+    return [f"Tuning report: {run.device} ({', '.join(place(report))})", " · ".join([*versions(report), *when(report)])]
+
+
+def place(report: Report) -> list[str]:
+    """Facts about the device."""
+    run = report.run
+    if run is None:
+        return []
+    bandwidth = [f"{report.roof.bandwidth:g} GB/s"] if report.roof.bandwidth else []
+    return [run.arch, f"{run.sms} {'cores' if run.arch == 'cpu' else 'SMs'}", *bandwidth]
 
 
 def versions(report: Report) -> list[str]:
