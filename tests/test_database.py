@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +50,12 @@ FAULTS = {
     "conflict marker": ("entries:\n", "entries:\n<<<<<<< ours\n", 4, "merge was left unresolved"),
     "newer schema": ("schema: 1", "schema: 2", 1, "newer than the 1 read here; upgrade"),
     "python tag": ("registers: 128", "registers: !!python/name:os.system", 6, "carries the tag"),
+    "python object": ("registers: 128", "registers: !!python/object/apply:os.abort []", 6, "carries the tag"),
     "alias": ("op: fwd,", "op: &a fwd, dtype: *a,", 4, "through an alias"),
+    "bomb of aliases": ("op: fwd,", "op: &a [x, x, x], dtype: [*a, *a], a: [*a, *a],", 4, "through an alias"),
+    "bomb of levels": ("registers: 128", f"registers: {'[' * 50_000}", 6, "nests more than 32 levels deep"),
+    "bomb of digits": ("registers: 128", f"registers: {'9' * 5000}", 6, "must be a decimal integer"),
+    "endless error": ("error: 1.00e-04", "error: 1.00e+999", 8, "must be a finite number"),
     "other device": ("device: nvidia-l4", "device: nvidia-l40s", 2, "in the folder nvidia-l4"),
     "other op": ("op: fwd", "op: dq", 4, "measures dq in fwd.yaml; move it to dq.yaml"),
     "unknown dtype": ("dtype: fp16", "dtype: half", 4, "must be one of bf16, fp16"),
@@ -76,6 +85,14 @@ def test_a_fault_is_refused_with_its_line(tmp_path: Path, fault: str) -> None:
         Database(tmp_path).entries("sm_89", "nvidia-l4", "fwd")
     assert complaint in str(raised.value)
     assert str(raised.value).startswith(f"{path}:{line}: ")
+
+
+def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
+    """A file that was cut by a crash, or compressed: an error of Python's, without its name, at the first launch."""
+    path = written(tmp_path)
+    path.write_bytes(b"\x1f\x8b" + path.read_bytes())
+    with pytest.raises(DatabaseError, match=r"fwd\.yaml:1: this is no text in UTF-8; restore the file"):
+        database.read(path)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +192,88 @@ def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "sm_89" / "nvidia-l4").iterdir()] == ["fwd.yaml"]
 
 
+def test_threads_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
+    """A lock of the process alone, or a half-written file of one name for all, holds between processes and not here."""
+    with ThreadPoolExecutor(4) as pool:
+        for rows in range(128, 2048, 128):
+            pool.submit(database.save, L4, [entry(branches=((rows, 2),))], tmp_path)
+    assert len(Database(tmp_path).entries("sm_89", "nvidia-l4", "fwd")) == len(range(128, 2048, 128))
+
+
+FOREVER = """
+import sys
+from pathlib import Path
+from tests.measurements import entry
+from dilated_attention_pytorch import database, device
+turn = 0
+while True:
+    turn += 1
+    several = [entry(branches=((rows, 2),), median=100.0 * turn) for rows in range(128, 1024, 128)]
+    database.save(device.simulated("l4"), several, Path(sys.argv[1]))
+    print(turn, flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    """Half a file refuses every launch on that GPU; a lock that stays refuses every tuner after it."""
+    command = [sys.executable, "-c", FOREVER, str(tmp_path)]
+    root = _layout.tune_db_dir().parent
+    with subprocess.Popen(command, cwd=root, env=environment(), stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        writer.kill()
+    (path,) = Database(tmp_path).files()
+    assert len({found.time_us.median for found in database.read(path).values()}) == 1
+    assert database.save(L4, [entry(branches=((1024, 2),))], tmp_path) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is a thing of Linux")
+@pytest.mark.parametrize("there", [True, False], ids=["over an old file", "as a new file"])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    """A file that is cut where the disk ended, in place of hours of tuning."""
+    path = tmp_path / "sm_89" / "nvidia-l4" / "fwd.yaml"
+    before = written(tmp_path).read_bytes() if there else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(f".fwd.yaml.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(DatabaseError, match="cannot be written to: No space left on device; what it held is as it was"):
+        database.save(L4, [entry(median=200.0)], tmp_path)
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert [found.name for found in path.parent.iterdir()] == ["fwd.yaml"] * there
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A database of one entry in a folder that nobody may write to, not even who runs these tests."""
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch).chmod(0o755)
+        root = Path(scratch, "db")
+        (path,) = database.save(L4, [entry()], root)
+        folders = [root, path.parent.parent, path.parent]
+        (root / ".lock").unlink(missing_ok=True)
+        for folder in folders:
+            folder.chmod(0o555)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)  # root may write anywhere
+        yield root
+        if me == 0:
+            os.seteuid(me)
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_a_read_only_database_is_read_and_not_written(read_only: Path) -> None:
+    """A container's image, a cluster's shared folder: lookups must not want to write, and a save must say why not."""
+    assert len(Database(read_only).entries("sm_89", "nvidia-l4", "fwd")) == 1
+    assert re.fullmatch("[0-9a-f]{12}", Database(read_only).digest())
+    with pytest.raises(DatabaseError, match=r"cannot be written to: Permission denied; .* save to another folder"):
+        database.save(L4, [entry("dq")], read_only)
+    assert [path.name for path in Database(read_only).files()] == ["fwd.yaml"]
+
+
 def environment() -> dict[str, str]:
     """For a process of its own: the package from this checkout, and nothing that a test set."""
-    import os
-
     return {**os.environ, "PYTHONPATH": str(_layout.tune_db_dir().parent / "src")}
 
 

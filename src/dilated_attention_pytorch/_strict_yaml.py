@@ -7,8 +7,9 @@ alias may unfold into gigabytes, a tag may run code. Here a document is never tu
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from .errors import DatabaseError
 
 _CONFLICT = re.compile(r"^(<{7}|={7}|>{7}|\|{7})( |$)", re.MULTILINE)
+_DEEPEST = 32
+"""Levels of nesting. Files here have six; the YAML library turns levels into recursion, and thousands end Python."""
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 
 
@@ -23,16 +26,20 @@ def load(path: Path) -> Field:
     """The root of a YAML file.
 
     Raises:
-        DatabaseError: The file is no YAML, is empty, holds a conflict marker, an alias or a tag, or repeats a key.
+        DatabaseError: The file is no YAML, is empty, holds a conflict marker, an alias or a tag, or nests too deep.
     """
     import yaml
 
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DatabaseError(f"{path}:1: this is no text in UTF-8; restore the file") from error
     if marker := _CONFLICT.search(text):
         line = text.count("\n", 0, marker.start()) + 1
         raise DatabaseError(f"{path}:{line}: a merge was left unresolved here; keep one side and delete the markers")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        _refuse_depth(path, yaml.parse(text, Loader=loader))
         node = yaml.compose(text, Loader=loader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -43,6 +50,18 @@ def load(path: Path) -> Field:
         raise DatabaseError(f"{path}:1: the file is empty; restore it, or delete it")
     _refuse_aliases_and_tags(path, node)
     return Field(path, node)
+
+
+def _refuse_depth(path: Path, events: Iterable[Any]) -> None:
+    """Before anything recurses: events come one by one, however deep they are."""
+    from yaml.events import CollectionEndEvent, CollectionStartEvent
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST:
+            line = event.start_mark.line + 1
+            raise DatabaseError(f"{path}:{line}: nests more than {_DEEPEST} levels deep; mend or restore the file")
 
 
 def _refuse_aliases_and_tags(path: Path, root: Any) -> None:
@@ -128,7 +147,7 @@ class Field:
     def integer(self, at_least: int = 0) -> int:
         """A decimal integer."""
         text = self._scalar("int", "an integer", "write decimal digits, without quotation marks")
-        if not re.fullmatch(r"-?(0|[1-9]\d*)", text):
+        if not re.fullmatch(r"-?(0|[1-9]\d{0,18})", text):
             raise self.error(f"must be a decimal integer, got {text}", "write plain digits")
         if int(text) < at_least:
             raise self.error(f"must be at least {at_least}, got {text}", "correct the number")
@@ -139,7 +158,7 @@ class Field:
         if self.node.tag == "tag:yaml.org,2002:int":
             return float(self.integer())
         text = self._scalar("float", "a number", "write it like 1.5 or 1.5e-03")
-        if not re.fullmatch(r"\d+\.\d*(e[-+]\d+)?", text):
+        if not re.fullmatch(r"\d+\.\d*(e[-+]\d+)?", text) or math.isinf(float(text)):
             raise self.error(f"must be a finite number that is not negative, got {text}", "measure again")
         return float(text)
 
