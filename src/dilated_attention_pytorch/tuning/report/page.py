@@ -212,7 +212,9 @@ def _race(race: Race, right: float) -> Element:
     title, rest = race.words
     pick = race.pick
     if pick is None:
-        verdict = tag("p", "No pick: the run ended before this problem was decided.", class_="verdict")
+        verdict = tag(
+            "p", "No pick: the run ended before this problem was decided, or no candidate held.", class_="verdict"
+        )
     else:
         text = f" {micros(pick.median_us)} µs, {pick.why}"
         text += f"; {len(race.near)} as good" if race.near else ""
