@@ -93,7 +93,7 @@ def resolve(
     scale = head_dim**-0.5 if scale is None else _number("scale", scale)
     if not math.isfinite(scale):
         raise ArgumentError(f"scale must be finite, got {scale}; None is 1/sqrt(head_dim)")
-    mask = _check_mask(key_padding_mask, q)
+    mask = check_mask(key_padding_mask, q)
     token_order = as_order(order)
     kind, row_width, prefix, index = "none", 0, 0, None
     if token_order is not None:
@@ -214,7 +214,8 @@ def _number(label: str, value: float) -> float:
     return float(value)
 
 
-def _check_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The key padding mask as kernels read it, or its refusal."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):

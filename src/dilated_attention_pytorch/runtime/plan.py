@@ -142,10 +142,16 @@ def plan(
         backend,
         options,
         backward,
-        Toolchain.current() if toolchain is None else toolchain,
+        _toolchain() if toolchain is None else toolchain,
         database.load() if committed is None else committed,
         _rendered() if texts is None else texts,
     )
+
+
+@lru_cache
+def _toolchain() -> Toolchain:
+    """Asked once: Triton too looks at TRITON_INTERPRET when the kernels are loaded, and not again."""
+    return Toolchain.current()
 
 
 @lru_cache
