@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..config import LaunchConfig, Problem
+from ..device import Toolchain
 from ..errors import ConfigError, UnsupportedError
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
@@ -113,7 +114,12 @@ def _values(problem: Problem, branch: BranchPlan, place: int, arch: str) -> dict
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """Signature, constants and known divisibilities, as Triton's launcher finds them."""
+    """Signature, constants and known divisibilities, as Triton's launcher finds them.
+
+    Nothing known is an empty list, where a launch has one: then it finds what was compiled here in Triton's cache.
+    """
+    told = Toolchain.current().triton
+    of_constants = told is None or not told.startswith("3.6.")  # which has one for constants that are words alone
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -122,14 +128,16 @@ def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, s
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
             signature[name] = "constexpr"
             constants[name] = value
+            if of_constants or isinstance(value, str):
+                attributes[(parameter.num,)] = []
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not free:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            if not free:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]] if value % 16 == 0 else []
         else:
             signature[name] = "fp32"
     return signature, constants, attributes

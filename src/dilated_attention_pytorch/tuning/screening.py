@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from ..device import Device
 from .problems import planned
 from .space import Candidate
 from .worker import Lost, NoStart, Raised, Worker
+
+Setup = Callable[[Device], Callable[["Compilation"], Resources]]
+"""Makes, in a compiling process, the function of a job."""
 
 LIMIT_S = 60.0
 """Seconds a compilation may take: one in a hundred of them takes minutes."""
@@ -66,6 +69,11 @@ def compiler(device: Device) -> Callable[[Compilation], Resources]:
     return compile_one
 
 
+def uncompiled(device: Device) -> Callable[[Compilation], Resources]:
+    """In the compiler's place where nothing is compiled: the interpreter, a CPU."""
+    return lambda job: Resources(0, 0, 0)
+
+
 class Pool:
     """Compiling processes and the jobs that wait for them, first come first served.
 
@@ -80,19 +88,19 @@ class Pool:
         self,
         device: Device,
         processes: int | None = None,
-        setup: Callable[[Device], Callable[[Compilation], Resources]] = compiler,
+        setup: Setup = compiler,
         limit_s: float = LIMIT_S,
     ) -> None:
         self._device, self._limit_s = device, limit_s
         self.workers = [Worker(setup, device) for _ in range(processes or cores())]
-        self._waiting: deque[tuple[Hashable, Compilation]] = deque()
-        self._running: dict[int, tuple[Hashable, Compilation]] = {}
+        self._waiting: deque[tuple[Any, Compilation]] = deque()
+        self._running: dict[int, tuple[Any, Compilation]] = {}
 
-    def submit(self, label: Hashable, job: Compilation) -> None:
-        """Queue a job; its answer comes with the label."""
-        self._waiting.append((label, job))
+    def submit(self, label: Any, job: Compilation, *, urgent: bool = False) -> None:
+        """Queue a job, an urgent one in front; its answer comes with the label."""
+        (self._waiting.appendleft if urgent else self._waiting.append)((label, job))
 
-    def answers(self) -> list[tuple[Hashable, Compiled]]:
+    def answers(self) -> list[tuple[Any, Compiled]]:
         """What got ready since the last call; idle processes get new jobs. Does not wait."""
         ready = []
         for place, worker in enumerate(self.workers):
@@ -108,7 +116,7 @@ class Pool:
         """Jobs that no process has begun."""
         return len(self._waiting)
 
-    def drop(self, unwanted: Callable[[Hashable], bool]) -> None:
+    def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Forget the jobs with such labels that no process has begun."""
         self._waiting = deque(job for job in self._waiting if not unwanted(job[0]))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from .journal import Measurement
+from .journal import Measurement, Pick
 from .space import KERNEL, Candidate
 
 FAR_BEHIND = 1.25
@@ -103,8 +103,8 @@ def search(
     return Verdict(winner, why, tuple(finals), len(racing.rows))
 
 
-def candidate_of(row: Measurement) -> Candidate:
-    """The candidate that a row measured."""
+def candidate_of(row: Measurement | Pick) -> Candidate:
+    """The candidate that a row measured or a pick is."""
     return Candidate(row.route, tuple(row.config.items()))
 
 

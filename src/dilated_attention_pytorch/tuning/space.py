@@ -184,7 +184,7 @@ def _keeps_warps_busy(task: Task, device: Device, config: LaunchConfig) -> bool:
     stay, loop = (config.block_n, config.block_m) if task.op == "dkdv" else (config.block_m, config.block_n)
     if device.arch in ("sm_90", "sm_100", "sm_103") and config.num_warps >= 8:
         return stay >= 16 * config.num_warps
-    return stay * max(loop, heuristics.padded_head_dim(task.problem.head_dim)) >= 512 * config.num_warps
+    return stay * max(loop, heuristics.padded_head_dim(task.problem.head_dim)) >= 256 * config.num_warps
 
 
 def _holds_its_accumulators(task: Task, device: Device, config: LaunchConfig) -> bool:

@@ -1,0 +1,200 @@
+"""`dilated-attention tune`: measure which configurations are fastest on this machine's GPU, and keep them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import DTYPE_BYTES
+from ..errors import ArgumentError, UnsupportedError
+from ..workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..tuning.problems import Task
+    from . import Commands
+
+TUNE = """\
+examples:
+  dilated-attention tune                                   the standard preset: every model that is known here
+  dilated-attention tune --preset quick                    longnet and core in bf16: a minute or two
+  dilated-attention tune --workload gigapath --budget 10m  the weightiest problems first, and stop in time
+  dilated-attention tune --from-misses misses.jsonl        what options(miss_log="misses.jsonl") collected
+  dilated-attention tune --resume                          go on where a run that was stopped or killed left off
+  dilated-attention tune --gpus all --shard 0/4            all GPUs of this host, the first of four hosts
+
+Candidates are compiled in parallel, checked against the float64 reference, raced, and the best few timed again in turn.
+Every measurement goes to a journal at once; winners go to the database: of a checkout to its tune_db/, of an installed
+package to a folder of yours, which goes before the one that it came with. A winner differs from the untuned default or
+from what the database holds only where it is faster by more than noise.
+
+Exit codes: 0 every problem was tuned; 1 some were not, for want of time, of a candidate that works or of quiet;
+2 a refusal in a sentence.
+"""
+
+
+def add(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure the fastest configurations on this GPU and keep them",
+        description="Measure which configurations are fastest on this machine's GPU, and keep them in a database.",
+        epilog=TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_problems(parser)
+    how = parser.add_argument_group("how")
+    how.add_argument("--gpus", metavar="WHICH", default="0", help="all, or indices such as 0,2 (default 0)")
+    how.add_argument("--shard", type=_shard, metavar="i/n", default=(0, 1), help="the i-th of n hosts' part, from 0")
+    how.add_argument("--budget", type=_seconds, metavar="TIME", default=math.inf, help="such as 90s, 10m or 2h")
+    how.add_argument("--resume", action="store_true", help="go on with this device's last run")
+    how.add_argument("--dry-run", action="store_true", help="say what would be tuned, and stop")
+    how.add_argument("--candidates", type=count, metavar="N", help="at most, a problem; the most promising")
+    how.add_argument("--from-screen", type=Path, metavar="FILE", help="candidates, as `screen --output` ranked them")
+    how.add_argument("--processes", type=count, metavar="N", help="that compile (default: one a core)")
+    where = parser.add_argument_group("where")
+    where.add_argument("--db", type=Path, metavar="DIR", help="the database's folder")
+    where.add_argument("--runs", type=Path, metavar="DIR", help="the journals' folder (default: of your user data)")
+    where.add_argument("--json", action="store_true", help="print what came of it as JSON")
+    parser.set_defaults(run=run)
+
+
+def add_problems(parser: argparse.ArgumentParser) -> None:
+    """What `tune` and `screen` take to say which problems."""
+    what = parser.add_argument_group("what")
+    one = what.add_mutually_exclusive_group()
+    one.add_argument(
+        "--workload", action="append", metavar="NAME", help="one of " + ", ".join(WORKLOADS) + "; may be repeated"
+    )
+    one.add_argument("--preset", choices=("standard", "quick"), default="standard", help="default standard")
+    one.add_argument("--from-misses", type=Path, metavar="FILE", help="problems of a miss log")
+    what.add_argument("--dtype", action="append", choices=tuple(DTYPE_BYTES)[:3], help="these alone; may be repeated")
+
+
+def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
+    """The tasks that the command line names, by weight."""
+    from ..runtime import misses
+    from ..tuning import problems
+
+    if chosen.from_misses is not None:
+        calls = [("misses", problem) for problem in misses.read(chosen.from_misses)]
+    elif chosen.workload:
+        calls = problems.calls_of(chosen.workload)
+    else:
+        calls = problems.preset(chosen.preset)
+    calls = [(name, problem) for name, problem in calls if not chosen.dtype or problem.dtype in chosen.dtype]
+    tasks = problems.of_calls(calls, device)
+    if not tasks:
+        raise ArgumentError("there is nothing to tune: no call has these dtypes")
+    return tasks
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Tune, and tell what came of it."""
+    from .. import _layout
+    from .. import device as devices
+    from ..tuning import machine, problems, progress, summary
+    from ..tuning.journal import data_dir, runs_dir
+    from ..tuning.tune import Settings, tune
+    from .screen import read_ranking
+
+    gpus = _gpus(chosen.gpus)
+    device = devices.current(gpus[0])
+    if device is None:
+        raise UnsupportedError(
+            "torch sees no GPU to measure on; `dilated-attention screen --arch sm_90` compiles candidates for one "
+            "without it"
+        )
+    tasks = problems.shard(chosen_tasks(chosen, device), chosen.shard)
+    root = chosen.db or (_layout.tune_db_dir() if _layout.is_checkout() else data_dir() / "tune_db")
+    if chosen.dry_run:
+        _dry_run(tasks, device, root, chosen)
+        return 0
+    settings = Settings(
+        journal=_journal(chosen.runs or runs_dir(), device.name, chosen),
+        root=root,
+        gpus=tuple(f"cuda:{index}" for index in gpus),
+        budget_s=chosen.budget,
+        limit=chosen.candidates or (QUICK if chosen.preset == "quick" and not chosen.workload else None),
+        processes=chosen.processes,
+    )
+    command = shlex.join(["dilated-attention", *sys.argv[1:]])
+    ranked = read_ranking(chosen.from_screen, device) if chosen.from_screen else None
+    bar = progress.shown()
+    journal = tune(tasks, device, machine.run_row(device, command), settings, ranked=ranked, progress=bar)
+    found = summary.values(journal, tasks, settings.journal, root)
+    print(json.dumps(found, indent=2) if chosen.json else summary.text(found))
+    return 0 if found["tuned"] == found["problems"] and not found["noisy"] else 1
+
+
+QUICK = 16
+"""Candidates a problem in the quick preset."""
+
+
+def _dry_run(tasks: list[Task], device: Device, root: Path, chosen: argparse.Namespace) -> None:
+    from ..tuning import space
+    from ..tuning.progress import title
+
+    rows = [(task, space.space(task, device)) for task in tasks]
+    if chosen.json:
+        found: list[dict[str, Any]] = [
+            {"problem": title(task), "weight": task.weight, "candidates": [c.name for c in candidates]}
+            for task, candidates in rows
+        ]
+        print(json.dumps({"device": device.name, "database": str(root), "problems": found}, indent=2))
+        return
+    print(f"{device}, into {root}")
+    for task, candidates in rows:
+        print(f"{task.weight:6.1%}  {title(task)}: {len(candidates)} candidates, default {candidates[0].name}")
+
+
+def _journal(folder: Path, name: str, chosen: argparse.Namespace) -> Path:
+    """The file of a new run, or of this device's last one."""
+    index, count = chosen.shard
+    stem = f"{name}-{index}of{count}" if count > 1 else name
+    if not chosen.resume:
+        return folder / f"{stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%fZ}.jsonl"
+    earlier = sorted(folder.glob(f"{stem}-2*.jsonl"))
+    if not earlier:
+        raise ArgumentError(f"--resume found no run of {stem} in {folder}; begin one without it")
+    return earlier[-1]
+
+
+def _gpus(text: str) -> list[int]:
+    import torch
+
+    if text == "all":
+        return list(range(torch.cuda.device_count())) or [0]
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ArgumentError(f"--gpus must be all or indices such as 0,2, got {text!r}")
+    found = [int(index) for index in text.split(",")]
+    if torch.cuda.is_available() and max(found) >= torch.cuda.device_count():
+        raise ArgumentError(f"--gpus names {max(found)}; this machine has 0 to {torch.cuda.device_count() - 1}")
+    return found
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected i/n with i from 0 to n-1, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 2h, got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)

@@ -1,0 +1,517 @@
+"""A tuning run: searches side by side, compiled for by a pool of processes and measured by one process a GPU.
+
+Every row is in the journal before it is acted on. A run that was killed goes on from there: its searches are asked the
+same questions again, and those that the journal answers are not measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import database, generated
+from ..config import ProblemKey
+from ..database import Resources
+from ..device import Device
+from ..errors import DatabaseError, DilatedAttentionError
+from . import folding, journal, space
+from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
+from .measure import Checked, CheckJob, Timed, TimeJob, bench
+from .problems import Task, planned
+from .routes import ROUTES, Route
+from .scenes import ragged as ragged_problem
+from .screening import Compilation, Compiled, Pool, Setup, compiler
+from .search import Request, Search, Verdict, search
+from .space import KERNEL, Candidate
+from .worker import Lost, NoStart, Raised, Worker, wait_for_any
+
+CANDIDATE_S = 60.0
+"""Seconds that a check or a timing may take; one that hangs costs as much."""
+RACE_US = 15e3
+FINALS_US = 60e3
+"""Microseconds that a candidate runs in the race, and in the finals."""
+STARTS = 3
+"""Starts of a measuring process that may fail one after the other before its GPU is given up."""
+
+
+class DeviceLost(DilatedAttentionError, RuntimeError):
+    """No GPU is left to measure on; the journal holds what was measured."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes.
+
+    Attributes:
+        journal: Its file; one that exists is gone on with.
+        root: The database that it folds into; None folds into none.
+        gpus: Torch devices that measure, one process each.
+        budget_s: Seconds after which nothing new is begun.
+        limit: Candidates a task at most, the most promising; None is all.
+        processes: That compile; None is one a core.
+        candidate_s: Seconds that a check or a timing may take.
+        routes: Ways to run a task; tests put stand-ins.
+        compiler: What compiles, in processes of its own.
+    """
+
+    journal: Path
+    root: Path | None
+    gpus: tuple[str, ...] = ("cuda:0",)
+    budget_s: float = float("inf")
+    limit: int | None = None
+    processes: int | None = None
+    candidate_s: float = CANDIDATE_S
+    routes: Mapping[str, Route] = field(default_factory=lambda: ROUTES)
+    compiler: Setup = compiler
+
+
+class Progress:
+    """Who is told how far a run is; this one is silent."""
+
+    def begin(self, tasks: int, done: int) -> None:
+        """So many tasks, of which so many were done by earlier starts."""
+
+    def note(self, text: str) -> None:
+        """What happens now."""
+
+    def picked(self, task: Task, pick: Pick | None) -> None:
+        """A task is done; without a pick where no candidate survived."""
+
+    def end(self) -> None:
+        """The run is over."""
+
+
+def tune(
+    tasks: Sequence[Task],
+    device: Device,
+    run: Run,
+    settings: Settings,
+    *,
+    ranked: Mapping[ProblemKey, Sequence[Candidate]] | None = None,
+    progress: Progress | None = None,
+) -> Journal:
+    """Search every task's winner, the first ones first.
+
+    Args:
+        tasks: By weight.
+        device: What kernels are compiled for and entries are saved under.
+        run: The journal's first line.
+        settings: See there.
+        ranked: Candidates by key, from a screening elsewhere, in place of the space's.
+        progress: Who is told.
+
+    Returns:
+        The journal, with what earlier starts measured.
+
+    Raises:
+        DatabaseError: The database cannot be written to, or the journal is another machine's.
+        DeviceLost: No GPU is left.
+    """
+    if settings.root is not None:
+        with database.locked(settings.root):
+            pass  # better told now than after an hour
+    known = journal.read(settings.journal) if settings.journal.exists() else Journal()
+    _refuse_other(known, run, settings.journal)
+    with Writer(settings.journal) as writer:
+        return _Tuning(tasks, device, run, settings, ranked or {}, progress or Progress(), known, writer).go()
+
+
+def _refuse_other(known: Journal, run: Run, path: Path) -> None:
+    for name in ("device", "arch", "triton", "torch", "driver", "kernels"):
+        for earlier in known.runs[:1]:
+            before, now = getattr(earlier, name), getattr(run, name)
+            if before != now:
+                raise DatabaseError(f"{path} was measured with {name} {before}, and now it is {now}: begin a new run")
+
+
+@dataclass(eq=False)
+class _Active:
+    """A search under way.
+
+    Attributes:
+        task: Its task.
+        default: The untuned default.
+        search: The generator.
+        earlier: Rows of an earlier start by stage and candidate, oldest first.
+        request: What it waits for.
+        answers: Rows of the request's candidates, by place.
+        compiling: Compilations of the request that are under way.
+        wants: Candidates, by place, that a measuring process has to take.
+        worker: The measuring process that has begun with it: its tensors are there.
+        resources: What compiled kernels take, by candidate.
+        checked: Error and tolerance of the worst check, by candidate.
+        singly: Candidates are timed one by one: timed in turn, one of them ended the process.
+    """
+
+    task: Task
+    default: Candidate
+    search: Search
+    earlier: dict[tuple[str, Candidate], deque[Measurement]]
+    request: Request | None = None
+    answers: dict[int, Measurement] = field(default_factory=dict)
+    compiling: int = 0
+    wants: list[int] = field(default_factory=list)
+    worker: Worker | None = None
+    resources: dict[Candidate, Resources | None] = field(default_factory=dict)
+    checked: dict[Candidate, tuple[float, float]] = field(default_factory=dict)
+    singly: bool = False
+
+
+class _Tuning:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        device: Device,
+        run: Run,
+        settings: Settings,
+        ranked: Mapping[ProblemKey, Sequence[Candidate]],
+        progress: Progress,
+        known: Journal,
+        writer: Writer,
+    ) -> None:
+        self._device, self._run, self._settings, self._ranked = device, run, settings, ranked
+        self._progress, self._journal, self._writer = progress, known, writer
+        self._begun = time.monotonic()
+        self._pool = Pool(device, settings.processes, settings.compiler)
+        self._workers = [Worker(bench, gpu, device, settings.routes) for gpu in settings.gpus]
+        self._measuring: dict[Worker, tuple[_Active, list[int]]] = {}
+        self._failed_starts: dict[Worker, int] = defaultdict(int)
+        self._active: list[_Active] = []
+        picked = {pick.key for pick in known.picks}
+        self._tasks = tasks
+        self._waiting = deque(task for task in tasks if task.key not in picked)
+        self._texts = generated.names()
+
+    @property
+    def _hurry(self) -> bool:
+        return time.monotonic() - self._begun > self._settings.budget_s
+
+    def go(self) -> Journal:
+        """Until every task is done, or the budget is spent."""
+        finished = False
+        self._write(self._run)
+        self._progress.begin(len(self._tasks), len(self._tasks) - len(self._waiting))
+        try:
+            self._fold(self._journal.picks)  # a start that was killed may have saved less than it picked
+            while self._waiting or self._active:
+                self._start_searches()
+                self._take_compiled()
+                self._take_measured()
+                self._give_work()
+                if self._hurry:
+                    self._drop_unraced()
+                else:
+                    finished = not (self._waiting or self._active)
+                wait_for_any([*self._workers, *self._pool.workers], 0.5)
+        finally:
+            self._progress.end()
+            self._pool.stop()
+            for worker in self._workers:
+                worker.stop()
+            self._write(End(round(time.monotonic() - self._begun, 1), finished))
+        return self._journal
+
+    # ---- Searches ----------------------------------------------------------------------------------------------------
+
+    def _start_searches(self) -> None:
+        """As many as keep the compiling processes busy, and one for each GPU at least."""
+        while self._waiting and not self._hurry:
+            enough = self._pool.backlog >= 2 * len(self._pool.workers)
+            if len(self._active) >= len(self._workers) and enough:
+                return
+            self._start(self._waiting.popleft())
+
+    def _start(self, task: Task) -> None:
+        everything = space.space(task, self._device)
+        candidates = list(dict.fromkeys((everything[0], *self._ranked.get(task.key, everything[1:]))))
+        incumbent = self._incumbent(task)
+        steered = search(
+            candidates[: self._settings.limit],
+            incumbent,
+            rivals=space.rivals(task, self._device),
+            neighbours=lambda candidate: space.neighbours(task, self._device, candidate),
+            hurry=lambda: self._hurry,
+        )
+        earlier: dict[tuple[str, Candidate], deque[Measurement]] = defaultdict(deque)
+        for row in self._journal.measurements:
+            if row.key == task.key:
+                earlier[row.stage, Candidate(row.route, tuple(row.config.items()))].append(row)
+        active = _Active(task, candidates[0], steered, earlier)
+        if all(row.key != task.key for row in self._journal.problems):
+            default, held = (dict(c.choices) if c else None for c in (candidates[0], incumbent))
+            self._write(ProblemRow(task.key, task.workload, task.weight, task.flops, task.bytes, default, held))
+        self._active.append(active)
+        self._ask(active, None)
+
+    def _incumbent(self, task: Task) -> Candidate | None:
+        """What the database has for this very key; a resumed run keeps to what it began with."""
+        for row in self._journal.problems:
+            if row.key == task.key:
+                return None if row.incumbent is None else Candidate(KERNEL, tuple(row.incumbent.items()))
+        if self._settings.root is None:
+            return None
+        entries = database.load(self._settings.root).entries(self._device.arch, self._device.name, task.op)
+        return Candidate.of(entries[task.key].config) if task.key in entries else None
+
+    def _ask(self, active: _Active, rows: list[Measurement] | None) -> None:
+        """Hand over rows, and start with what is asked for next; answered from the journal as far as that goes."""
+        while True:
+            try:
+                request = active.search.send(rows) if rows is not None else next(active.search)
+            except StopIteration as end:
+                self._finish(active, end.value)
+                return
+            active.request, active.answers, active.wants, active.singly = request, {}, [], False
+            for place, candidate in enumerate(request.candidates):
+                seen = active.earlier[request.stage, candidate]
+                if seen and not (request.stage == "screen" and request.ragged):
+                    self._remember(active, candidate, seen[0])
+                    active.answers[place] = seen.popleft()
+                else:
+                    active.wants.append(place)
+            if request.stage == "screen":
+                self._compile(active)
+            if active.wants or active.compiling:
+                return
+            rows = list(active.answers.values())
+
+    def _remember(self, active: _Active, candidate: Candidate, row: Measurement) -> None:
+        """What later rows of a candidate repeat."""
+        if row.stage == "screen":
+            active.resources[candidate] = row.resources
+        if row.stage == "check" and row.error is not None and row.tolerance:
+            before = active.checked.get(candidate, (0.0, 1.0))
+            active.checked[candidate] = max(before, (row.error, row.tolerance), key=lambda pair: pair[0] / pair[1])
+
+    def _answer(self, active: _Active, rows: Mapping[int, Measurement]) -> None:
+        """Rows for some places of a request; the search goes on once it has all."""
+        assert active.request is not None
+        self._write(*rows.values())
+        for place, row in rows.items():
+            self._remember(active, active.request.candidates[place], row)
+            active.answers[place] = row
+            active.wants.remove(place)
+        if not active.wants and not active.compiling:
+            self._ask(active, [active.answers[place] for place in sorted(active.answers)])
+
+    def _finish(self, active: _Active, verdict: Verdict | None) -> None:
+        self._active.remove(active)
+        pick = None if verdict is None else _pick(active, verdict)
+        if pick is not None:
+            self._write(pick)
+            self._fold([pick])
+        self._progress.picked(active.task, pick)
+
+    def _drop_unraced(self) -> None:
+        """The budget is spent: what waits for its first compilations is given up, the rest comes to its finals."""
+        self._waiting.clear()
+        for active in list(self._active):
+            if active.request is not None and active.request.stage == "screen" and not active.request.ragged:
+                active.search.close()
+                self._active.remove(active)
+                self._pool.drop(partial(_is_of, active))
+
+    def _fold(self, picks: Sequence[Pick]) -> None:
+        if self._settings.root is not None and picks:
+            folding.fold(self._journal, picks, self._device, self._settings.root)
+
+    def _write(self, *rows: journal.Row) -> None:
+        self._writer.add(*rows)
+        for row in rows:
+            self._journal.add(row)
+
+    # ---- Compiling ---------------------------------------------------------------------------------------------------
+
+    def _compile(self, active: _Active) -> None:
+        """Queue a request's kernels; external routes have nothing to compile."""
+        assert active.request is not None
+        task, ragged = active.task, active.request.ragged
+        for place in list(active.wants):
+            candidate = active.request.candidates[place]
+            if candidate.route == KERNEL:
+                problem = ragged_problem(task) if ragged else task.problem
+                job = Compilation(problem, task.op, task.merge and not ragged, candidate)
+                self._pool.submit(_Label(active, active.request, place), job, urgent=bool(active.resources))
+                active.compiling += 1
+            elif not ragged:
+                row = Measurement(task.key, dict(candidate.choices), candidate.route, None, "screen", "ok")
+                self._write(row)
+                active.answers[place] = row
+            active.wants.remove(place)
+
+    def _take_compiled(self) -> None:
+        rows: dict[int, Any] = {}
+        for label, compiled in self._pool.answers():
+            active, request, place = label
+            if not any(active is other for other in self._active):
+                continue  # given up
+            active.compiling -= 1
+            if not request.ragged:
+                row = self._screened(active, request.candidates[place], compiled)
+                self._write(row)
+                self._remember(active, request.candidates[place], row)
+                active.answers[place] = row
+            if not active.compiling:
+                rows[id(active)] = active
+        for active in rows.values():
+            self._ask(active, [active.answers[place] for place in sorted(active.answers)])
+
+    def _screened(self, active: _Active, candidate: Candidate, compiled: Compiled) -> Measurement:
+        row = self._row(active, candidate, "screen", compiled.status, message=compiled.message)
+        row = replace(row, resources=compiled.resources)
+        if compiled.status == "ok" and compiled.resources is not None and compiled.resources.spills:
+            said = f"spills {compiled.resources.spills} bytes a thread"
+            return replace(row, status="screened", message=said)
+        return row
+
+    # ---- Measuring ---------------------------------------------------------------------------------------------------
+
+    def _give_work(self) -> None:
+        """Idle measuring processes take the first search that waits for one, and stay with it."""
+        for worker in self._workers:
+            if worker.busy:
+                continue
+            for active in self._active:
+                waits = active.wants and not active.compiling and active.worker in (None, worker)
+                if waits and all(active is not other for other, _ in self._measuring.values()):
+                    active.worker = worker
+                    places = active.wants[:1] if active.singly else list(active.wants)
+                    self._measuring[worker] = active, places
+                    worker.submit(self._job(active, places), self._settings.candidate_s)
+                    break
+
+    def _job(self, active: _Active, places: Sequence[int]) -> CheckJob | TimeJob:
+        request, task = active.request, active.task
+        assert request is not None
+        candidates = tuple(request.candidates[place] for place in places)
+        self._progress.note(f"{task.op} {task.key.branches}: {request.stage} {candidates[0].name}")
+        if request.stage == "check":
+            return CheckJob(task, candidates[0], request.ragged)
+        budget = FINALS_US if request.stage == "finals" else RACE_US
+        return TimeJob(task, candidates, budget, request.limit_us)
+
+    def _take_measured(self) -> None:
+        for worker in list(self._measuring):
+            if (found := worker.answer()) is None:
+                continue
+            active, places = self._measuring.pop(worker)
+            assert active.request is not None
+            if isinstance(found, NoStart):
+                self._lose(worker, found)
+                continue
+            self._failed_starts[worker] = 0
+            if isinstance(found, (Lost, Raised)) and len(places) > 1:
+                active.singly = True  # nobody knows who of them it was
+                continue
+            candidates = [active.request.candidates[place] for place in places]
+            rows = self._rows(active, candidates, found)
+            self._answer(active, dict(zip(places, rows, strict=True)))
+
+    def _lose(self, worker: Worker, found: NoStart) -> None:
+        """A GPU whose process does not start again and again is given up, and its searches go to the others."""
+        self._failed_starts[worker] += 1
+        if self._failed_starts[worker] < STARTS:
+            return
+        self._workers.remove(worker)
+        for active in self._active:
+            active.worker = None if active.worker is worker else active.worker
+        if not self._workers:
+            raise DeviceLost(
+                f"{self._device.name} does not answer any more ({found.message}); what was measured is in "
+                f"{self._settings.journal}: mend it, and go on with --resume"
+            )
+
+    def _rows(self, active: _Active, candidates: Sequence[Candidate], found: Any) -> list[Measurement]:
+        assert active.request is not None
+        stage = active.request.stage
+        if isinstance(found, (Lost, Raised)):
+            status, message = _failure(found)
+            return [self._row(active, candidate, stage, status, message=message) for candidate in candidates]
+        if isinstance(found, Checked):
+            status = "correctness" if found.wrong else "ok"
+            tails = "tails: " if active.request.ragged and found.wrong else ""
+            row = self._row(active, candidates[0], stage, status, message=tails + found.wrong)
+            finite = found.error if found.error < float("inf") else None
+            return [replace(row, error=finite, tolerance=found.tolerance)]
+        return [self._timed(active, *pair) for pair in zip(candidates, found, strict=True)]
+
+    def _timed(self, active: _Active, candidate: Candidate, found: Timed | str) -> Measurement:
+        assert active.request is not None
+        if isinstance(found, str):
+            return self._row(active, candidate, active.request.stage, "runtime", message=found)
+        row = self._row(active, candidate, active.request.stage, "ok")
+        flag = "noisy" if found.noisy else ""
+        return replace(row, median_us=found.median, low_us=found.low, high_us=found.high, flag=flag)
+
+    def _row(self, active: _Active, candidate: Candidate, stage: str, status: str, *, message: str = "") -> Measurement:
+        variant = None
+        if candidate.route == KERNEL:
+            branch = planned(active.task.problem, candidate.config, self._device, self._texts).branches[0]
+            variant = getattr(branch, active.task.op).variant.name
+        error, tolerance = active.checked.get(candidate, (None, None))
+        return Measurement(
+            active.task.key,
+            dict(candidate.choices),
+            candidate.route,
+            variant,
+            stage,
+            status,
+            resources=active.resources.get(candidate),
+            error=error,
+            tolerance=tolerance,
+            message=message,
+        )
+
+
+class _Label(NamedTuple):
+    """Whose compilation it is."""
+
+    active: _Active
+    request: Request
+    place: int
+
+
+def _is_of(active: _Active, label: _Label) -> bool:
+    return label.active is active
+
+
+def _pick(active: _Active, verdict: Verdict) -> Pick:
+    winner, finals = verdict.winner, verdict.finals
+    assert winner.median_us is not None and winner.low_us is not None and winner.high_us is not None
+    ours = [row for row in finals if row.status == "ok" and row.route == winner.route]
+    untuned = [row.median_us for row in ours if row.config == dict(active.default.choices)]
+    others = sorted(row.median_us for row in ours if row is not winner and row.median_us is not None)
+    return Pick(
+        key=active.task.key,
+        config=winner.config,
+        route=winner.route,
+        why=verdict.why,
+        median_us=winner.median_us,
+        low_us=winner.low_us,
+        high_us=winner.high_us,
+        default_us=untuned[0] if untuned else None,
+        second_us=others[0] if others else None,
+        candidates=verdict.raced,
+    )
+
+
+def _failure(found: Lost | Raised) -> tuple[str, str]:
+    """Status and message of what raised or never came back."""
+    if isinstance(found, Lost):
+        return ("timeout" if found.timeout else "runtime"), found.message
+    kinds = {
+        "OutOfMemoryError": "resources",
+        "OutOfResources": "resources",
+        "MemoryError": "resources",
+        "CompilationError": "compile",
+        "PTXASError": "compile",
+        "Corrupted": "illegal_access",
+    }
+    if "illegal memory access" in found.message:
+        return "illegal_access", found.message
+    return kinds.get(found.kind, "runtime"), found.message
