@@ -208,6 +208,20 @@ def test_coverage_tells_measured_from_borrowed(capsys: pytest.CaptureFixture[str
     assert f"of {len(launches)} launches measured" in out.splitlines()[-1]
 
 
+def test_the_commands_of_the_documents_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that shows an option which is no more."""
+    monkeypatch.undo()
+    page = (_layout.tune_db_dir() / "README.md").read_text(encoding="utf-8")
+    shown = [
+        line.partition("#")[0].split()[2:] for line in page.splitlines() if line.startswith("dilated-attention db")
+    ]
+    assert {words[0] for words in shown} == {"check", "show", "coverage", "stale", "diff", "digest"}
+    for words in shown:
+        if "--compile" not in words:  # tests/test_tune_db.py compiles
+            code, _, err = run(capsys, *words)
+            assert (code in (0, 1), err) == (True, ""), words
+
+
 # ---- diff ------------------------------------------------------------------------------------------------------------
 
 
