@@ -327,18 +327,25 @@ def test_git_merges_with_it(checkout: Path) -> None:
     """A driver that git cannot run leaves conflict markers in the file, and every launch on a GPU fails."""
     command = f"{sys.executable} -m dilated_attention_pytorch.cli db merge %O %A %B"
     git(checkout, "config", "merge.tune_db.driver", f"env PYTHONPATH={ROOT / 'src'} {command}")
-    for branch, change in {"a": {"median": 70.0}, "b": {"median": 80.0, "config": LaunchConfig(32, 32)}}.items():
+    for branch, median in {"a": 70.0, "b": 80.0}.items():
         git(checkout, "checkout", "-q", "-b", branch, "main")
-        saved(checkout / "tune_db", entry(**change), entry("fwd", replace(PROBLEM, causal=branch == "a", mask=True)))  # type: ignore[arg-type]
-        saved(checkout / "tune_db", entry("dq", median=change["median"]))  # type: ignore[arg-type]
-        git(checkout, "add", "tune_db/sm_90")
-        git(checkout, "commit", "-qm", branch)
+        mine = entry(problem=replace(PROBLEM, causal=branch == "a", mask=True))
+        saved(checkout / "tune_db", entry(median=median, config=LaunchConfig(32, 32)), mine)
+        git(checkout, "commit", "-qam", branch)
     git(checkout, "merge", "-q", "-m", "both", "a")
     found = Database(checkout / "tune_db").entries("sm_90", H100.name, "fwd")
     assert {key.causal for key in found if "mask" in key.flags} == {True, False}
     assert found[entry().key].time_us.median == 70.0
-    (dq,) = Database(checkout / "tune_db").entries("sm_90", H100.name, "dq").values()
-    assert dq.time_us.median == 70.0
+
+
+def test_files_that_both_sides_added_are_joined(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Git gives an empty base for them, and names that no database has."""
+    base, ours, theirs = (tmp_path / name for name in (".merge_file_O", ".merge_file_A", ".merge_file_B"))
+    base.touch()
+    ours.write_text(database.dump(H100.name, [entry(median=90.0)]))
+    theirs.write_text(database.dump(H100.name, [entry(median=80.0), entry(grid=64)]))
+    assert run(capsys, "merge", base, ours, theirs)[0] == 0
+    assert ours.read_text() == theirs.read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from ..tuning import ledger
 from ..tuning.changes import Change
 from ..tuning.coverage import Covered, coverage
 from ..tuning.ledger import STATUSES, Fault, Row, title
-from ..workloads import WORKLOADS, named
+from ..tuning.problems import PRESETS, calls_of, preset
+from ..workloads import WORKLOADS
 
 DB = """\
 examples:
@@ -99,7 +100,11 @@ def add(subparsers: Any) -> None:
     stale.add_argument("--problems", metavar="FILE", help="write it as a list for `tune --from-misses FILE`")
 
     cover = _verb(verbs, "coverage", _coverage, "what the known models would run with on a GPU", COVERAGE)
-    cover.add_argument("--workload", action="append", metavar="NAME", help="one of " + ", ".join(WORKLOADS))
+    what = cover.add_mutually_exclusive_group()
+    what.add_argument("--workload", nargs="+", metavar="NAME", help="some of " + ", ".join(WORKLOADS))
+    what.add_argument(
+        "--preset", choices=tuple(PRESETS), default="standard", help="as `tune` has them (default standard)"
+    )
     cover.add_argument("--fail-under", type=float, metavar="PERCENT", help="exit code 1 where less is measured")
 
     digest = _verb(verbs, "digest", _digest, "twelve digits of all that a lookup depends on", gpu=False, as_json=False)
@@ -251,8 +256,10 @@ def _digest(chosen: argparse.Namespace) -> int:
 def _coverage(chosen: argparse.Namespace) -> int:
     device, found = _device(chosen.gpu), database.load(chosen.db)
     toolchain = Toolchain(Toolchain.current().triton or "unknown")
+    calls = preset(chosen.preset) if chosen.workload is None else calls_of(chosen.workload)
     covered = {
-        name: coverage(named(name).problems(), device, toolchain, found) for name in chosen.workload or list(WORKLOADS)
+        workload: coverage([problem for name, problem in calls if name == workload], device, toolchain, found)
+        for workload in dict(calls)
     }
     every = [launch for launches in covered.values() for launch in launches]
     share = 100 * sum(launch.measured for launch in every) / len(every)
