@@ -40,10 +40,11 @@ demo: $(SETUP)
 	$(call need,$(RUN_TIME))
 	$(PY) -m benchmarks.demo
 
-# Triton's interpreter and its compiler cannot share a process.
+# Triton's interpreter and its compiler cannot share a process. As many processes as cores, of one thread each.
+test: export OMP_NUM_THREADS := 1
 test: lint
 	$(call need,$(TESTS) build hatchling matplotlib transformers)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter
 	$(PY) -m pytest -q -n auto -m compile
 
