@@ -96,7 +96,11 @@ def kernel(scene: Scene, candidate: Candidate) -> Launcher:
         values = branch_values(scene.problem, branch, int(scene.merge), scene.offsets, given)
         function, arguments, programs = prepared(choice, values)
         options = compile_options(choice.config)
-        return lambda: function[(programs,)](*arguments.values(), **options)
+
+        def launch() -> None:
+            function[(programs,)](*arguments.values(), **options)  # on a GPU it returns the compiled kernel
+
+        return launch
 
     return launcher
 
