@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from dilated_attention_pytorch import cli, database, device
-from dilated_attention_pytorch.config import LaunchConfig
+from dilated_attention_pytorch import cli, database, device, generated
+from dilated_attention_pytorch.config import OPS, LaunchConfig, ProblemKey
 from dilated_attention_pytorch.database import Database, Entry, Resources
 from dilated_attention_pytorch.device import Toolchain
 from dilated_attention_pytorch.errors import DatabaseError
 from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.runtime.variants import variant_for
 from dilated_attention_pytorch.tuning import ledger
 from dilated_attention_pytorch.tuning.ledger import Row
+from dilated_attention_pytorch.variant import Variant
 
+from .kernels import pattern_case, pattern_config
 from .measurements import PROBLEM, entry
 
 PARTS = 8
@@ -131,6 +134,20 @@ def test_an_entry_of_no_kernel_cannot_be_compiled(tmp_path: Path) -> None:
     (row,) = hand_made(tmp_path, "h100", entry())
     with pytest.raises(DatabaseError, match=r"no kernel has the text .*; tune it again"):
         ledger.recompiled(row, {})
+
+
+@pytest.mark.parametrize("name", sorted(generated.names() - {"delta"}))
+def test_the_call_that_is_proven_runs_the_text_that_was_measured(name: str) -> None:
+    """Another text of the same tiles takes other shared memory: the proof would be of something else."""
+    variant = Variant.from_name(name)
+    case = pattern_case(variant, heads=4, dtype="bf16")
+    measured = case.problem if variant.order != "snake" else replace(case.problem, order="snake", row_width=37)
+    for op in OPS:
+        tiles = (pattern_config(variant) or dict.fromkeys(OPS, LaunchConfig(16, 16)))[op]
+        key = replace(ProblemKey.of(measured, op, 0), order=variant.order)
+        problem = ledger.asking(key, variant)
+        assert problem is not None
+        assert variant_for(problem, 0, op, tiles, generated.names()) == variant
 
 
 def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here needs a GPU: an entry is looked up for a simulated device, and comp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,8 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
 
     Args:
         key: The key.
-        variant: A text that the call is to suit; its segment length is one of those whose rows round to the key's.
+        variant: A text that the call is to run, given tiles that suit it: it settles the segment length, one of those
+            whose rows round to the key's, and whether the last segment is cut short.
     """
     if len(key.branches) != 1:
         return None  # no kernel runs several branches in one launch
@@ -126,10 +128,11 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
     if key.grid < segments:
         return None
     heads = min(key.grid // segments, 16)
+    whole = segments * segment
     base = Problem(
         dtype=key.dtype,
         batch=key.grid // segments // heads,
-        length=segments * segment,
+        length=whole,
         heads=heads,
         kv_heads=heads,
         head_dim=key.head_dim,
@@ -142,10 +145,11 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
         padding="zeros" if "zeros" in key.flags else "none",
         tf32="tf32" in key.flags,
     )
+    lengths = (whole,) if variant is None or variant.even else (whole - 1, whole)
     # A snake may change nothing: one of these widths cuts a row that runs backwards, if any does.
-    widths = (near_square(base.length), max(segment - 1, 1)) if key.order == "snake" else (0,)
-    for width in widths:
-        problem = replace(base, row_width=width)
+    widths = (near_square(whole), max(segment - 1, 1)) if key.order == "snake" else (0,)
+    for length, width in itertools.product(lengths, widths):
+        problem = replace(base, length=max(length, 1), row_width=width)
         if replace(ProblemKey.of(problem, key.op, 0), order=acting_order(problem, 0)) == key:
             return problem
     return None
@@ -163,10 +167,9 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
         Exception: Whatever the compiler raises.
     """
     entry = row.entry
-    names = kernels.get(entry.provenance.kernel)
-    if not names:
+    variant = _measured(entry, kernels)
+    if variant is None:
         raise DatabaseError(f"{row.title}: no kernel has the text {entry.provenance.kernel}; tune it again")
-    variant = Variant.from_name(names[0])
     problem = asking(entry.key, variant)
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
@@ -226,8 +229,14 @@ def _complaints(row: Row, found: Database) -> Iterator[str]:
         yield from _unreachable(row, device, found)
 
 
+def _measured(entry: Entry, kernels: Mapping[str, tuple[str, ...]]) -> Variant | None:
+    """The text that was measured; of several with the same code the first."""
+    names = kernels.get(entry.provenance.kernel)
+    return Variant.from_name(names[0]) if names else None
+
+
 def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
-    problem = asking(row.entry.key)
+    problem = asking(row.entry.key, _measured(row.entry, found.kernels))
     if problem is None:
         yield "no call is looked up under this key; remove the entry"
         return
