@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+import dilated_attention_pytorch as dap
 from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.variant import Variant
 
@@ -113,3 +114,17 @@ def test_detached_mix(case: Case) -> None:
     inputs = make_inputs(case)
     actual = run_kernels(case, inputs, TILES[0], mix_grad="detached")
     check_results(actual, oracle(case, inputs, mix_grad="detached"), case.dtype, dout=inputs.dout)
+
+
+def test_dropout_drops_the_same_pairs_in_every_tile_and_backend() -> None:
+    """A mask that follows rows of a tile: a tuned kernel would train another model. v is the identity, so out is P."""
+    length, branch = 40, (40, 1)
+    q, k = (torch.randn(1, length, 2, length) for _ in range(2))
+    v = torch.eye(length)[None, :, None].expand(1, length, 2, length).contiguous()
+    patterns = []
+    for config, backend in ((TILES[0], "triton"), (TILES[1], "triton"), (None, "triton"), (None, "torch")):
+        torch.manual_seed(3)
+        with dap.options(config=config):
+            patterns.append(dap.dilated_attention(q, k, v, *branch, dropout_p=0.5, backend=backend) > 0)
+    assert 0.4 < patterns[0].float().mean() < 0.6
+    assert all(torch.equal(pattern, patterns[0]) for pattern in patterns)
