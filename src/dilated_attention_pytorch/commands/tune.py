@@ -58,7 +58,7 @@ def add(commands: Commands) -> None:
     how.add_argument("--dry-run", action="store_true", help="say what would be tuned, and stop")
     how.add_argument("--candidates", type=count, metavar="N", help="at most, a problem; the most promising")
     how.add_argument("--from-screen", type=Path, metavar="FILE", help="candidates, as `screen --output` ranked them")
-    how.add_argument("--processes", type=count, metavar="N", help="that compile (default: one a core)")
+    how.add_argument("--processes", type=count, metavar="N", help="that compile (default: as many as free cores)")
     where = parser.add_argument_group("where")
     where.add_argument("--db", type=Path, metavar="DIR", help="the database's folder")
     where.add_argument("--runs", type=Path, metavar="DIR", help="the journals' folder (default: of your user data)")
@@ -134,7 +134,7 @@ def run(chosen: argparse.Namespace) -> int:
     return 0 if found["tuned"] == found["problems"] and not found["noisy"] else 1
 
 
-QUICK = 16
+QUICK = 12
 """Candidates a problem in the quick preset."""
 
 

@@ -268,9 +268,12 @@ class Writer:
         from filelock import FileLock
 
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        self._file = path.open("ab+", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise DatabaseError(f"{path} cannot be written to: {error.strerror}; name another folder") from error
 
     def __enter__(self) -> Writer:
         return self
@@ -284,7 +287,7 @@ class Writer:
         """Append rows together: other writers' come before or after them.
 
         Raises:
-            OSError: The disk is full or read-only; what was written of these rows is taken back.
+            DatabaseError: The disk is full or read-only; what was written of these rows is taken back.
         """
         text = "".join(f"{to_json(row)}\n" for row in rows).encode()
         with self._lock:
@@ -293,10 +296,12 @@ class Writer:
                 while text:
                     text = text[self._file.write(text) or 0 :]
                 os.fsync(self._file.fileno())
-            except OSError:
+            except OSError as error:
                 with suppress(OSError):
                     self._file.truncate(size)
-                raise
+                raise DatabaseError(
+                    f"{self.path} cannot be written to: {error.strerror}; mend that, and go on with --resume"
+                ) from error
 
     def _cut_torn_line(self) -> int:
         """The file's size, after a line that a killed writer left without an end has been cut off."""

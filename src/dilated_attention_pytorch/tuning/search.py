@@ -20,6 +20,8 @@ FAR_BEHIND = 1.25
 """A candidate whose first launches are slower than the best by this factor is dropped."""
 STEPPED_FROM = 3
 """Candidates that the step goes around."""
+STEPS = 6
+"""Candidates that the step adds at most, those around the best first."""
 FINALISTS = 4
 CLOSE = 1.10
 """No finalist was slower in the race than the best by more than this factor."""
@@ -94,7 +96,7 @@ def search(
         around = [near for best in racing.ranked()[:STEPPED_FROM] for near in neighbours(candidate_of(best))]
         new = [candidate for candidate in dict.fromkeys(around) if candidate not in wanted]
         if new:
-            yield from racing.race((yield from _screened(new, [])), "step", hurry)
+            yield from racing.race((yield from _screened(new[:STEPS], [])), "step", hurry)
     finals = yield from _finals(racing, chosen, rivals)
     eligible = [row for row in finals if row.status == "ok" and row.route == default.route]
     if not eligible:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from ..device import Device
 from ..errors import DatabaseError, DilatedAttentionError
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
-from .measure import Checked, CheckJob, Timed, TimeJob, bench
+from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
 from .problems import Task, planned
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
-from .screening import Compilation, Compiled, Pool, Setup, compiler
+from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
 from .search import Request, Search, Verdict, search
 from .space import KERNEL, Candidate
 from .worker import Lost, NoStart, Raised, Worker, wait_for_any
@@ -53,10 +53,11 @@ class Settings:
         gpus: Torch devices that measure, one process each.
         budget_s: Seconds after which nothing new is begun.
         limit: Candidates a task at most, the most promising; None is all.
-        processes: That compile; None is one a core.
+        processes: That compile; None is one a core that no GPU's process needs.
         candidate_s: Seconds that a check or a timing may take.
         routes: Ways to run a task; tests put stand-ins.
-        compiler: What compiles, in processes of its own.
+        measurer: What measures, in a process for each of `gpus`.
+        compiler: What compiles, in processes of its own; None compiles nothing: the interpreter, a CPU.
     """
 
     journal: Path
@@ -67,7 +68,8 @@ class Settings:
     processes: int | None = None
     candidate_s: float = CANDIDATE_S
     routes: Mapping[str, Route] = field(default_factory=lambda: ROUTES)
-    compiler: Setup = compiler
+    measurer: Callable[[str, Device, Mapping[str, Route]], Callable[[Job], Answer]] = bench
+    compiler: Setup | None = compiler
 
 
 class Progress:
@@ -115,7 +117,7 @@ def tune(
     if settings.root is not None:
         with database.locked(settings.root):
             pass  # better told now than after an hour
-    known = journal.read(settings.journal) if settings.journal.exists() else Journal()
+    known = journal.read(settings.journal) if settings.journal.is_file() else Journal()
     _refuse_other(known, run, settings.journal)
     with Writer(settings.journal) as writer:
         return _Tuning(tasks, device, run, settings, ranked or {}, progress or Progress(), known, writer).go()
@@ -145,6 +147,7 @@ class _Active:
         worker: The measuring process that has begun with it: its tensors are there.
         resources: What compiled kernels take, by candidate.
         checked: Error and tolerance of the worst check, by candidate.
+        raced: Candidates that were timed.
         singly: Candidates are timed one by one: timed in turn, one of them ended the process.
     """
 
@@ -159,6 +162,7 @@ class _Active:
     worker: Worker | None = None
     resources: dict[Candidate, Resources | None] = field(default_factory=dict)
     checked: dict[Candidate, tuple[float, float]] = field(default_factory=dict)
+    raced: int = 0
     singly: bool = False
 
 
@@ -177,8 +181,9 @@ class _Tuning:
         self._device, self._run, self._settings, self._ranked = device, run, settings, ranked
         self._progress, self._journal, self._writer = progress, known, writer
         self._begun = time.monotonic()
-        self._pool = Pool(device, settings.processes, settings.compiler)
-        self._workers = [Worker(bench, gpu, device, settings.routes) for gpu in settings.gpus]
+        free = max(cores() - len(settings.gpus), 1)
+        self._pool = Pool(device, settings.processes or free, settings.compiler or compiler)
+        self._workers = [Worker(settings.measurer, gpu, device, settings.routes) for gpu in settings.gpus]
         self._measuring: dict[Worker, tuple[_Active, list[int]]] = {}
         self._failed_starts: dict[Worker, int] = defaultdict(int)
         self._active: list[_Active] = []
@@ -187,42 +192,53 @@ class _Tuning:
         self._waiting = deque(task for task in tasks if task.key not in picked)
         self._texts = generated.names()
 
-    @property
-    def _hurry(self) -> bool:
-        return time.monotonic() - self._begun > self._settings.budget_s
-
     def go(self) -> Journal:
         """Until every task is done, or the budget is spent."""
-        finished = False
         self._write(self._run)
         self._progress.begin(len(self._tasks), len(self._tasks) - len(self._waiting))
+        finished = False
         try:
             self._fold(self._journal.picks)  # a start that was killed may have saved less than it picked
-            while self._waiting or self._active:
-                self._start_searches()
-                self._take_compiled()
-                self._take_measured()
-                self._give_work()
-                if self._hurry:
-                    self._drop_unraced()
-                else:
-                    finished = not (self._waiting or self._active)
-                wait_for_any([*self._workers, *self._pool.workers], 0.5)
+            finished = self._search_all()
+        except DeviceLost:
+            self._write(End(self._seconds, finished))
+            raise
         finally:
             self._progress.end()
             self._pool.stop()
             for worker in self._workers:
                 worker.stop()
-            self._write(End(round(time.monotonic() - self._begun, 1), finished))
+        self._write(End(self._seconds, finished))
         return self._journal
+
+    @property
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._begun, 1)
+
+    @property
+    def _hurry(self) -> bool:
+        return time.monotonic() - self._begun > self._settings.budget_s
+
+    def _search_all(self) -> bool:
+        """Whether no task had to be given up for want of time."""
+        complete = True
+        while self._waiting or self._active:
+            if self._hurry:
+                complete &= not self._drop_unraced()
+            self._start_searches()
+            self._take_compiled()
+            self._take_measured()
+            self._give_work()
+            wait_for_any([*self._workers, *self._pool.workers], 0.5)
+        return complete
 
     # ---- Searches ----------------------------------------------------------------------------------------------------
 
     def _start_searches(self) -> None:
-        """As many as keep the compiling processes busy, and one for each GPU at least."""
+        """As many as keep the compiling processes busy, and two for each GPU at least."""
         while self._waiting and not self._hurry:
-            enough = self._pool.backlog >= 2 * len(self._pool.workers)
-            if len(self._active) >= len(self._workers) and enough:
+            ready = sum(not active.compiling for active in self._active)
+            if ready >= 2 * len(self._workers) or self._pool.backlog >= 2 * len(self._pool.workers):
                 return
             self._start(self._waiting.popleft())
 
@@ -282,6 +298,7 @@ class _Tuning:
 
     def _remember(self, active: _Active, candidate: Candidate, row: Measurement) -> None:
         """What later rows of a candidate repeat."""
+        active.raced += row.stage == "race"
         if row.stage == "screen":
             active.resources[candidate] = row.resources
         if row.stage == "check" and row.error is not None and row.tolerance:
@@ -292,6 +309,8 @@ class _Tuning:
         """Rows for some places of a request; the search goes on once it has all."""
         assert active.request is not None
         self._write(*rows.values())
+        if not any(active is other for other in self._active):
+            return  # given up meanwhile
         for place, row in rows.items():
             self._remember(active, active.request.candidates[place], row)
             active.answers[place] = row
@@ -307,14 +326,16 @@ class _Tuning:
             self._fold([pick])
         self._progress.picked(active.task, pick)
 
-    def _drop_unraced(self) -> None:
-        """The budget is spent: what waits for its first compilations is given up, the rest comes to its finals."""
+    def _drop_unraced(self) -> bool:
+        """The budget is spent: who has raced nobody gives up, the others come to their finals. Whether any did."""
+        unraced = [active for active in self._active if active.raced < 2]
+        for active in unraced:
+            active.search.close()
+            self._active.remove(active)
+            self._pool.drop(partial(_is_of, active))
+        dropped = bool(self._waiting or unraced)
         self._waiting.clear()
-        for active in list(self._active):
-            if active.request is not None and active.request.stage == "screen" and not active.request.ragged:
-                active.search.close()
-                self._active.remove(active)
-                self._pool.drop(partial(_is_of, active))
+        return dropped
 
     def _fold(self, picks: Sequence[Pick]) -> None:
         if self._settings.root is not None and picks:
@@ -333,15 +354,16 @@ class _Tuning:
         task, ragged = active.task, active.request.ragged
         for place in list(active.wants):
             candidate = active.request.candidates[place]
-            if candidate.route == KERNEL:
+            if candidate.route == KERNEL and self._settings.compiler is not None:
                 problem = ragged_problem(task) if ragged else task.problem
                 job = Compilation(problem, task.op, task.merge and not ragged, candidate)
                 self._pool.submit(_Label(active, active.request, place), job, urgent=bool(active.resources))
                 active.compiling += 1
             elif not ragged:
-                row = Measurement(task.key, dict(candidate.choices), candidate.route, None, "screen", "ok")
-                self._write(row)
-                active.answers[place] = row
+                nothing = Resources(0, 0, 0) if candidate.route == KERNEL else None
+                active.answers[place] = replace(self._row(active, candidate, "screen", "ok"), resources=nothing)
+                self._remember(active, candidate, active.answers[place])
+                self._write(active.answers[place])
             active.wants.remove(place)
 
     def _take_compiled(self) -> None:
@@ -514,4 +536,6 @@ def _failure(found: Lost | Raised) -> tuple[str, str]:
     }
     if "illegal memory access" in found.message:
         return "illegal_access", found.message
+    if "out of memory" in found.message or "allocate memory" in found.message:
+        return "resources", found.message
     return kinds.get(found.kind, "runtime"), found.message

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+START_METHOD = "spawn"
+"""A forked child of a process that has run torch's threads may hang, and one that has run CUDA cannot use it."""
+
 START_S = 180.0
 """Seconds a process may take to import torch and to find its GPU: a cold disk is slow."""
 
@@ -126,7 +129,7 @@ class Worker:
         self._process, self.connection, self._begun, self.busy = None, None, False, False
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(theirs, self._setup, self._arguments, os.getpid()), daemon=True

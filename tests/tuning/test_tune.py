@@ -1,0 +1,233 @@
+"""The whole loop on a CPU, with stand-ins that go wrong: whatever happens, the run ends well and nothing is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dilated_attention_pytorch import database
+from dilated_attention_pytorch.device import Device
+from dilated_attention_pytorch.errors import DatabaseError
+from dilated_attention_pytorch.tuning import journal, space, worker
+from dilated_attention_pytorch.tuning.journal import Journal
+from dilated_attention_pytorch.tuning.problems import Task
+from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings
+
+from . import standin
+from .standin import FAULTS, candidates, settings, tasks
+
+FORK = multiprocessing.get_context("fork")
+STATUS = {
+    "hang": "timeout",
+    "crash": "runtime",
+    "out of bounds": "illegal_access",
+    "nan": "correctness",
+    "wrong": "correctness",
+    "partial": "correctness",
+    "out of memory": "resources",
+    "illegal access": "illegal_access",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, str], Journal, Path]:
+    """One task whose first candidates after the default each have a fault, tuned."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (task, *_) = tasks()
+    names = [candidate.name for candidate in candidates(task)]
+    faults = dict(zip(names[1:], FAULTS, strict=False))
+    found = standin.run([task], settings(folder, faults, limit=len(FAULTS) + 3, candidate_s=4.0))
+    return task, faults, found, folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_a_row(faulty: tuple[Task, dict[str, str], Journal, Path], fault: str) -> None:
+    """A candidate that hangs, crashes, writes elsewhere or computes wrongly ends the tuner, or is believed."""
+    _, faults, found, _ = faulty
+    (name,) = [name for name, own in faults.items() if own == fault]
+    rows = [row for row in found.measurements if standin.Candidate(row.route, tuple(row.config.items())).name == name]
+    assert [row.stage for row in rows if row.stage != "screen"] == ["check"]
+    assert rows[-1].status == STATUS[fault] and rows[-1].message
+
+
+def test_the_others_are_measured_nevertheless(faulty: tuple[Task, dict[str, str], Journal, Path]) -> None:
+    """After a restart nothing works any more; or the winner is one that failed."""
+    task, faults, found, folder = faulty
+    (pick,) = found.picks
+    assert standin.Candidate(pick.route, tuple(pick.config.items())).name not in faults
+    assert found.ends[-1].finished
+    (entry,) = database.read(folder / "db" / standin.DEVICE.arch / standin.DEVICE.name / f"{task.op}.yaml").values()
+    assert entry.key == task.key and entry.check.error < entry.check.tolerance
+    assert entry.time_us.median <= (entry.time_us.default or 0)
+
+
+# ---- Runs without torch: killed, full, side by side ------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A run that computes nothing, whose processes are forked: they start at once."""
+    monkeypatch.setattr(worker, "START_METHOD", "fork")
+    return settings(tmp_path, measurer=standin.without_torch, gpus=(str(tmp_path / "asked"),), limit=4)
+
+
+def start(what: list[Task], how: Settings) -> multiprocessing.process.BaseProcess:
+    process = FORK.Process(target=standin.run, args=(what, how))
+    process.start()
+    return process
+
+
+def measured(found: Journal) -> Counter[tuple[object, ...]]:
+    """How often each candidate of a problem has a row at a stage; checks come once small and once ragged."""
+    return Counter((row.key, row.stage, row.route, tuple(row.config.items())) for row in found.measurements)
+
+
+def test_a_run_that_is_killed_goes_on(quick: Settings) -> None:
+    """kill -9 at ten random moments: a row is lost or measured again, or the picks differ from an undisturbed run's."""
+    what = tasks(*(replace(standin.PROBLEM, head_dim=dim) for dim in (8, 16, 24, 32)))
+    undisturbed = standin.run(what, replace(quick, journal=quick.journal.with_name("other.jsonl"), root=None))
+    chance = random.Random(7)
+    before: Counter[tuple[object, ...]] = Counter()
+    for _ in range(10):
+        process = start(what, quick)
+        time.sleep(chance.uniform(0.05, 0.35))
+        process.kill()
+        process.join()
+        if quick.journal.exists():
+            now = measured(journal.read(quick.journal))
+            assert not before - now, "a row of an earlier start is gone"
+            before = now
+    found = standin.run(what, quick)
+    assert found.ends[-1].finished
+    assert measured(found) == measured(undisturbed)
+    assert {pick.key: pick.config for pick in found.picks} == {pick.key: pick.config for pick in undisturbed.picks}
+    assert len(found.picks) == len(what)
+    assert quick.root is not None
+    saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
+    assert {entry.key for entry in saved} == {task.key for task in what}
+
+
+def test_two_tuners_at_once_lose_nothing(quick: Settings, tmp_path: Path) -> None:
+    """Each writes the file as it read it before the other wrote."""
+    halves = [tasks(replace(standin.PROBLEM, head_dim=dim)) for dim in (16, 24)]
+    for number in range(len(halves)):
+        (tmp_path / str(number)).mkdir()
+    both = [start(what, replace(quick, journal=tmp_path / str(n) / "run.jsonl")) for n, what in enumerate(halves)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert quick.root is not None
+    saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
+    assert {entry.key for entry in saved} == {task.key for what in halves for task in what}
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence(quick: Settings) -> None:
+    """A traceback after an hour of measuring, or half a line that spoils the journal."""
+    quick.journal.symlink_to("/dev/full")
+    with pytest.raises(DatabaseError, match=r"No space left on device; mend that, and go on with --resume"):
+        standin.run(tasks(), quick)
+
+
+def _limited(what: list[Task], how: Settings, size: int) -> None:
+    """Tune where files may grow to so many bytes: the write that goes beyond is cut, and the next fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    with pytest.raises(DatabaseError, match="cannot be written to"):
+        standin.run(what, how)
+
+
+@pytest.mark.parametrize("size", [3000, 9999])
+def test_a_disk_that_fills_up_loses_no_row(quick: Settings, size: int) -> None:
+    """The row that no longer fitted is half written, and the next start cannot read the journal."""
+    what = tasks()
+    process = FORK.Process(target=_limited, args=(what, quick, size))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    before = measured(journal.read(quick.journal))
+    found = standin.run(what, quick)
+    assert before and not before - measured(found)
+    assert found.ends[-1].finished and len(found.picks) == len(what)
+
+
+def test_a_read_only_database_is_told_before_the_work(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of measuring that cannot be kept."""
+    assert quick.root is not None
+    quick.root.write_text("a file in the folder's place, which holds for root too")
+    with pytest.raises(DatabaseError, match="cannot be written to"):
+        standin.run(tasks(), quick)
+    assert not quick.journal.exists()
+
+
+def vanishing(where: str, device: Device, routes: object) -> object:
+    """A GPU that answers ten jobs and is gone, for good."""
+    asked = Path(where)
+    if asked.exists() and len(asked.read_text().splitlines()) >= 10:
+        raise RuntimeError("No CUDA GPUs are available")
+    answer = standin.without_torch(where, device, {})
+
+    def until_it_goes(job: standin.Job) -> object:
+        if asked.exists() and len(asked.read_text().splitlines()) >= 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer(job)
+
+    return until_it_goes
+
+
+def test_a_gpu_that_vanishes_ends_the_run_in_a_sentence(quick: Settings) -> None:
+    """The tuner restarts a process without a GPU for ever, or blames the candidates that were left."""
+    with pytest.raises(DeviceLost, match=r"does not answer any more .*No CUDA GPUs.* go on with --resume"):
+        standin.run(tasks(), replace(quick, measurer=vanishing))
+    left = journal.read(quick.journal)
+    assert not left.ends[-1].finished
+    assert sum(row.status == "runtime" for row in left.measurements) <= 1
+    assert standin.run(tasks(), quick).ends[-1].finished
+
+
+def test_one_gpu_of_two_may_vanish(quick: Settings, tmp_path: Path) -> None:
+    """The problems of the lost GPU are never tuned."""
+    (tmp_path / "asked").write_text("gone\n" * 10)
+    found = standin.run(tasks(), replace(quick, measurer=vanishing_first, gpus=(*quick.gpus, str(tmp_path / "two"))))
+    assert found.ends[-1].finished and len(found.picks) == 3
+
+
+def vanishing_first(where: str, device: Device, routes: object) -> object:
+    """The GPU that the file "asked" stands for is gone."""
+    return vanishing(where, device, routes) if where.endswith("asked") else standin.without_torch(where, device, {})
+
+
+def test_a_budget_that_is_spent_leaves_a_journal_to_go_on_with(quick: Settings) -> None:
+    """Time over: everything that was measured is thrown away."""
+    what = tasks(*(replace(standin.PROBLEM, head_dim=dim) for dim in (8, 16, 24, 32)))
+    first = standin.run(what, replace(quick, budget_s=0.2))
+    assert not first.ends[-1].finished and len(first.picks) < len(what)
+    again = standin.run(what, quick)
+    assert again.ends[-1].finished and len(again.picks) == len(what)
+    assert again.picks[: len(first.picks)] == first.picks
+
+
+def test_tuning_again_changes_no_file(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that differs after each tuning of what is fine."""
+    # A step around a winner that a step had found would go further, and find what is better indeed.
+    monkeypatch.setattr(space, "neighbours", lambda task, device, candidate: [])
+    standin.run(tasks(), quick)
+    assert quick.root is not None
+    before = {path: path.read_bytes() for path in database.Database(quick.root).files()}
+    again = standin.run(tasks(), replace(quick, journal=quick.journal.with_name("again.jsonl")))
+    assert before and before == {path: path.read_bytes() for path in database.Database(quick.root).files()}
+    assert all(row.incumbent is not None for row in again.problems)
+
+
+def test_another_machines_run_is_not_gone_on_with(quick: Settings) -> None:
+    """Times of two GPUs in one race."""
+    standin.run(tasks(), quick)
+    with pytest.raises(DatabaseError, match="was measured with device interpreter, and now it is other: begin a new"):
+        standin.run(tasks(), quick, replace(standin.DEVICE, name="other"))
