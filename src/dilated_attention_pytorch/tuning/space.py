@@ -19,6 +19,9 @@ from .problems import Task, default_config
 
 KERNEL, TORCH, CUDNN = "kernel", "torch", "cudnn"
 
+RIVAL_FLOPS = 2e10
+"""Launches of more work are not timed by the torch backend, which takes a second for them on a GPU."""
+
 Value = int | str | None
 
 
@@ -154,7 +157,10 @@ def rivals(task: Task, device: Device) -> list[Candidate]:
     whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
     cudnn = dense and whole and problem.padding == "none" and problem.dtype in ("bf16", "fp16")
     supported = device.arch.startswith("sm_") and int(device.arch[3:]) >= 80
-    return [Candidate(TORCH), *([Candidate(CUDNN)] if cudnn and supported else [])]
+    return [
+        *([Candidate(TORCH)] if task.flops < RIVAL_FLOPS else []),
+        *([Candidate(CUDNN)] if cudnn and supported else []),
+    ]
 
 
 def _config(values: tuple[Value, ...]) -> LaunchConfig:
