@@ -40,8 +40,8 @@ RESOLUTION_US = 1.0
 """What two events tell apart at best: no interval narrower than this is wide."""
 FLUSHED_BYTES = 1 << 28
 """Written before each timed launch on a GPU: more than any level-2 cache holds."""
-HEAD_START_CYCLES = 2_000_000
-"""For so long the GPU sleeps before the first launch of a series, 1 ms or so: the host is ahead from then on."""
+HEAD_START_CYCLES = 400_000
+"""For so long the GPU sleeps before each launch, 0.2 ms or so: a host that compiles on other cores has queued it then."""
 
 SCENES = 6
 """Scenes that a process keeps: those of two or three tasks that are searched at a time."""
@@ -297,8 +297,8 @@ class _GpuClock:
     """The GPU's time between two events, with a cold level-2 cache; launches are queued ahead of it."""
 
     rounds = (7, 100)
-    overhead_us = 150.0
-    """The flush."""
+    overhead_us = 350.0
+    """The flush and the head start."""
 
     def __init__(self, where: torch.device) -> None:
         self._where = where
@@ -311,11 +311,11 @@ class _GpuClock:
     def times(self, launches: list[Launch], rounds: int) -> list[list[float]]:
         """Microseconds of each launch in each round; who goes first alternates."""
         events: list[list[tuple[Any, Any]]] = [[] for _ in launches]
-        torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         for number in range(rounds):
             for place in _order(len(launches), number):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 self._flushed.zero_()
+                torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
                 start.record()
                 launches[place]()
                 stop.record()
