@@ -166,9 +166,9 @@ class Bench:
             while len(self._scenes) >= SCENES:
                 self._scenes.popitem(last=False)
             if size == "ragged":
-                made = (scenes.ragged(task), task.op, False)
+                made = (scenes.ragged(task.problem), task.op, False)
             else:
-                made = (scenes.small(task) if size == "small" else task.problem, task.op, task.merge)
+                made = (scenes.small(task.problem) if size == "small" else task.problem, task.op, task.merge)
             seed = ("small", "ragged", "whole").index(size)
             self._scenes[label] = scenes.scene(*made, self._device, self._where, seed, exact=size != "whole")
         self._scenes.move_to_end(label)

@@ -16,7 +16,6 @@ from ..runtime import torch_backend
 from ..runtime.arguments import DTYPES, HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.plan import Plan
-from .problems import Task
 from .routes import Outputs, Scene
 
 OUTPUTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",)}
@@ -24,17 +23,15 @@ DROPOUT_P = 0.1
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def small(task: Task) -> Problem:
-    """As the task, with two segments of one batch element: the same texts, and soon computed in float64."""
-    problem = task.problem
+def small(problem: Problem) -> Problem:
+    """Two segments of one batch element: the texts that the problem runs, and soon computed in float64."""
     segment = problem.segment(0)
     tail = problem.length % segment
     return _of_length(problem, min(problem.length, (segment if tail else 2 * segment) + tail))
 
 
-def ragged(task: Task) -> Problem:
-    """As the task, with a short last segment; where one segment is all, with a length that nothing divides."""
-    problem = task.problem
+def ragged(problem: Problem) -> Problem:
+    """With a short last segment; where one segment is all, of a length that nothing divides."""
     segment = problem.segment(0)
     if problem.is_full(0):
         return _of_length(problem, max(problem.length - problem.length // 9 - 1, 1))

@@ -355,7 +355,7 @@ class _Tuning:
         for place in list(active.wants):
             candidate = active.request.candidates[place]
             if candidate.route == KERNEL and self._settings.compiler is not None:
-                problem = ragged_problem(task) if ragged else task.problem
+                problem = ragged_problem(task.problem) if ragged else task.problem
                 job = Compilation(problem, task.op, task.merge and not ragged, candidate)
                 self._pool.submit(_Label(active, active.request, place), job, urgent=bool(active.resources))
                 active.compiling += 1

@@ -1,0 +1,129 @@
+"""Checking and timing in the measuring process itself, on a CPU."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_attention_pytorch.device import Device
+from dilated_attention_pytorch.tuning import measure, scenes, worker
+from dilated_attention_pytorch.tuning.measure import Answer, CheckJob, Job, Timed, TimeJob, bench, interval
+from dilated_attention_pytorch.tuning.routes import Launch, Launcher, Outputs, Scene
+from dilated_attention_pytorch.tuning.space import Candidate
+
+from .. import tolerances
+from . import standin
+from .standin import DEVICE, PROBLEM, candidates, settings, tasks
+
+
+def test_the_tolerances_are_those_of_the_tests() -> None:
+    """A tuner that records what the test-suite would call wrong."""
+    assert {name: (t.out, t.grad, t.lse) for name, t in tolerances.TOLERANCES.items()} == measure.TOLERANCES
+    assert measure.DOUT_FLOOR == tolerances.DOUT_FLOOR
+
+
+def test_an_interval_holds_the_median_and_not_every_straggler() -> None:
+    """One launch of a hundred that was interrupted makes a quiet GPU look loaded; three launches prove nothing."""
+    assert interval([10.0] * 99 + [500.0]) == Timed(10.0, 10.0, 10.0)
+    assert interval([3.0, 1.0, 2.0]) == Timed(2.0, 1.0, 3.0)
+    times = [float(number) for number in range(1, 101)]
+    assert interval(times) == Timed(50.5, 41.0, 60.0)
+
+
+def loaded(scene: Scene, candidate: Candidate) -> Launcher:
+    """A GPU that another process uses now and then."""
+    chance = random.Random(3)
+
+    def launcher(outputs: Outputs) -> Launch:
+        def run() -> None:
+            for name, expected in scene.expected.items():
+                outputs[name].copy_(expected)
+            time.sleep(chance.choice((0.0002, 0.003)))
+
+        return run
+
+    return launcher
+
+
+def test_a_wide_spread_is_measured_again_and_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of a shared GPU, believed."""
+    (task, *_) = tasks()
+    series: list[int] = []
+    clock = measure._CpuClock.times
+
+    def counted(self: measure._CpuClock, launches: list[Launch], rounds: int) -> list[list[float]]:
+        series.append(rounds)
+        return clock(self, launches, rounds)
+
+    monkeypatch.setattr(measure._CpuClock, "times", counted)
+    (timed,) = bench("cpu", DEVICE, {"kernel": loaded})(TimeJob(task, (candidates(task)[0],), budget_us=4e4))
+    assert isinstance(timed, Timed) and timed.noisy
+    assert series.count(measure._CpuClock.rounds[0]) == 2
+
+
+def noisy(where: str, device: Device, routes: Mapping[str, object]) -> Callable[[Job], Answer]:
+    """A quiet GPU, but for the finals."""
+    quiet = standin.without_torch(where, device, routes)
+
+    def answer(job: Job) -> Answer:
+        found = quiet(job)
+        if isinstance(job, TimeJob) and len(job.candidates) > 1:
+            return tuple(replace(timed, noisy=True) for timed in found if isinstance(timed, Timed))
+        return found
+
+    return answer
+
+
+def test_a_noisy_winner_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pick by chance that the next thousand runs use."""
+    monkeypatch.setattr(worker, "START_METHOD", "fork")
+    how = settings(tmp_path, measurer=noisy, gpus=(str(tmp_path / "asked"),), limit=3)
+    found = standin.run(tasks()[:1], how)
+    assert len(found.picks) == 1 and not list(tmp_path.rglob("*.yaml"))
+    assert {row.flag for row in found.measurements if row.stage == "finals" and row.route == "kernel"} == {"noisy"}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("op", ["fwd", "dkdv", "dq"])
+def test_what_must_come_out_is_told_twice_alike(op: str, merge: bool) -> None:
+    """An expectation that is wrong: every right kernel is dropped."""
+    cpu = torch.device("cpu")
+    problem = replace(PROBLEM, mask=True, order="snake", row_width=11, padding="zeros", dropout=True, causal=False)
+    exact, wide = (scenes.scene(problem, op, merge, DEVICE, cpu, seed=5, exact=exact) for exact in (True, False))
+    assert torch.equal(exact.q, wide.q)
+    if merge:
+        assert all(torch.allclose(exact.before[name], wide.before[name], atol=1e-5) for name in exact.before)
+    found = measure.compare(exact, {name: value.float() for name, value in wide.expected.items()})
+    assert not found.wrong and found.error < 1e-6
+
+
+def test_small_and_ragged_problems_keep_what_makes_the_kernel() -> None:
+    """A check of another text than the one that is timed, or of no tail at all."""
+    full = replace(PROBLEM, branches=((1000, 3),))
+    long = replace(PROBLEM, length=960, batch=3)
+    assert scenes.small(long).length == 192 and scenes.small(long).batch == 1
+    assert scenes.small(PROBLEM).length == 150
+    assert scenes.ragged(long).length % 96 not in (0, 48)
+    assert scenes.small(full) == full and scenes.ragged(full).is_full(0) and scenes.ragged(full).length < 150
+
+
+def test_a_check_is_of_the_ragged_problem_where_asked() -> None:
+    """Tails that are never run."""
+    lengths: list[int] = []
+
+    def noted(scene: Scene, candidate: Candidate) -> Launcher:
+        lengths.append(scene.problem.length)
+        return standin.right(scene, candidate)
+
+    (task, *_) = tasks(replace(PROBLEM, length=960))
+    asked = bench("cpu", DEVICE, {"kernel": noted})
+    for ragged in (False, True):
+        found = asked(CheckJob(task, candidates(task)[0], ragged))
+        assert isinstance(found, measure.Checked) and not found.wrong and found.error < 1e-6
+    assert lengths == [192, 129]
