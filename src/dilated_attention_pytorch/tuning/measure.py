@@ -41,7 +41,7 @@ RESOLUTION_US = 1.0
 FLUSHED_BYTES = 1 << 28
 """Written before each timed launch on a GPU: more than any level-2 cache holds."""
 HEAD_START_CYCLES = 400_000
-"""For so long the GPU sleeps before each launch, 0.2 ms or so: a host that compiles on other cores has queued it then."""
+"""For so long the GPU sleeps before each launch, 0.2 ms or so: a host that also compiles has queued it by then."""
 
 SCENES = 6
 """Scenes that a process keeps: those of two or three tasks that are searched at a time."""

@@ -15,12 +15,16 @@ from .. import generated
 from ..config import Problem
 from ..database import Resources
 from ..device import Device
+from ..errors import UnsupportedError
 from .problems import planned
 from .space import Candidate
 from .worker import Lost, NoStart, Raised, Worker
 
 Setup = Callable[[Device], Callable[["Compilation"], Resources]]
 """Makes, in a compiling process, the function of a job."""
+
+STARTS = 3
+"""Starts of compiling processes that may fail before a run is given up."""
 
 LIMIT_S = 60.0
 """Seconds a compilation may take: one in a hundred of them takes minutes."""
@@ -92,6 +96,7 @@ class Pool:
         self.workers = [Worker(setup, device) for _ in range(processes or cores())]
         self._waiting: deque[tuple[Any, Compilation]] = deque()
         self._running: dict[int, tuple[Any, Compilation]] = {}
+        self._failed_starts = 0
 
     def submit(self, label: Any, job: Compilation, *, urgent: bool = False) -> None:
         """Queue a job, an urgent one in front; its answer comes with the label."""
@@ -102,11 +107,22 @@ class Pool:
         ready = []
         for place, worker in enumerate(self.workers):
             if worker.busy and (found := worker.answer()) is not None:
-                ready.append((self._running.pop(place)[0], _compiled(found, self._device)))
+                label, job = self._running.pop(place)
+                if isinstance(found, NoStart):
+                    self._retry(label, job, found)
+                else:
+                    ready.append((label, _compiled(found, self._device)))
             if not worker.busy and self._waiting:
                 self._running[place] = self._waiting.popleft()
                 worker.submit(self._running[place][1], self._limit_s)
         return ready
+
+    def _retry(self, label: Any, job: Compilation, found: NoStart) -> None:
+        """A process that does not start says nothing about its job."""
+        self._failed_starts += 1
+        if self._failed_starts > STARTS:
+            raise UnsupportedError(f"nothing can be compiled here: {found.message}")
+        self.submit(label, job, urgent=True)
 
     @property
     def backlog(self) -> int:
@@ -131,7 +147,7 @@ def cores() -> int:
 def _compiled(found: Any, device: Device) -> Compiled:
     if isinstance(found, Lost):
         return Compiled("timeout" if found.timeout else "compile", message=found.message)
-    if isinstance(found, (Raised, NoStart)):
+    if isinstance(found, Raised):
         return Compiled("compile", message=found.message)
     if found.shared_bytes > device.shared_bytes:
         said = f"{found.shared_bytes:,} bytes of shared memory a block; {device.name} has {device.shared_bytes:,}"

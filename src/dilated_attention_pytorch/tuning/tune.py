@@ -18,7 +18,7 @@ from .. import database, generated
 from ..config import ProblemKey
 from ..database import Resources
 from ..device import Device
-from ..errors import DatabaseError, DilatedAttentionError
+from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
 from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
@@ -200,7 +200,7 @@ class _Tuning:
         try:
             self._fold(self._journal.picks)  # a start that was killed may have saved less than it picked
             finished = self._search_all()
-        except DeviceLost:
+        except (DeviceLost, UnsupportedError):
             self._write(End(self._seconds, finished))
             raise
         finally:
