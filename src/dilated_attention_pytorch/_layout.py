@@ -6,6 +6,7 @@ the workshop and the tuner write them.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -25,6 +26,20 @@ def generated_dir() -> Path:
 def tune_db_dir() -> Path:
     """The folder of the tuning database that came with the package."""
     return _root() / "tune_db"
+
+
+def data_dir() -> Path:
+    """The user's folder for what this package keeps: `$XDG_DATA_HOME/dilated-attention`, or where systems put it."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    else:
+        base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "dilated-attention"
+
+
+def own_db_dir() -> Path:
+    """Where `tune` writes: the checkout's database, or, for an installed package, a folder of the user's."""
+    return tune_db_dir() if is_checkout() else data_dir() / "tune_db"
 
 
 def _root() -> Path:

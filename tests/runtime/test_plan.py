@@ -17,6 +17,7 @@ from dilated_attention_pytorch.config import LaunchConfig, Problem
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import INTERPRETER, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
+from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime.options import Options, options
 from dilated_attention_pytorch.runtime.plan import LADDER, Choice, Plan, plan
 from dilated_attention_pytorch.workloads import WORKLOADS
@@ -118,6 +119,29 @@ def test_an_entry_of_another_gpu_must_fit_this_one(tmp_path: Path) -> None:
     found = fwd(planned(committed, on=replace(H100, shared_bytes=100_000)))
     assert found.rung == "heuristic"
     assert any("needs 200,000 bytes of shared memory a block" in sentence for _, sentence in found.passed)
+
+
+def test_what_an_installed_package_measured_goes_before_what_it_came_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing: Database
+) -> None:
+    """`tune` without a checkout, which writes to a folder that nobody reads."""
+    root = _layout._root()
+    monkeypatch.setattr(_layout, "_root", lambda: root)
+    monkeypatch.setattr("dilated_attention_pytorch.database.rendered_kernels", lambda: {"0123456789ab": ("general",)})
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(_layout, "is_checkout", lambda: False)
+    mine = _layout.own_db_dir()
+    assert mine.is_relative_to(tmp_path)
+    mine.mkdir(parents=True)
+    database_at(mine, {"h100": [entry(config=MINE)]})
+    for known in (plans._own_database, plans._plan):
+        known.cache_clear()
+    try:
+        found = fwd(planned(nothing))
+    finally:
+        plans._own_database.cache_clear()
+        plans._plan.cache_clear()
+    assert (found.rung, found.config) == ("overlay", MINE)
 
 
 def test_a_measurement_with_another_triton_is_used_and_said(tmp_path: Path) -> None:

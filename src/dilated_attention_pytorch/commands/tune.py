@@ -101,7 +101,7 @@ def run(chosen: argparse.Namespace) -> int:
     from .. import _layout
     from .. import device as devices
     from ..tuning import machine, problems, progress, summary
-    from ..tuning.journal import data_dir, runs_dir
+    from ..tuning.journal import runs_dir
     from ..tuning.tune import Settings, tune
     from .screen import read_ranking
 
@@ -113,7 +113,7 @@ def run(chosen: argparse.Namespace) -> int:
             "without it"
         )
     tasks = problems.shard(chosen_tasks(chosen, device), chosen.shard)
-    root = chosen.db or (_layout.tune_db_dir() if _layout.is_checkout() else data_dir() / "tune_db")
+    root = chosen.db or _layout.own_db_dir()
     if chosen.dry_run:
         _dry_run(tasks, device, root, chosen)
         return 0

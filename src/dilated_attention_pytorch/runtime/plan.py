@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
-from .. import database, generated, heuristics
+from .. import _layout, database, generated, heuristics
 from ..config import OPS, LaunchConfig, Problem, ProblemKey
 from ..database import INVALID, KERNEL_STALE, Database, Hit, Lookup
 from ..device import INTERPRETER, Device, Toolchain
@@ -155,6 +156,13 @@ def _toolchain() -> Toolchain:
 
 
 @lru_cache
+def _own_database() -> Path | None:
+    """Where `dilated-attention tune` keeps what an installed package measured; None in a checkout, or before it did."""
+    folder = _layout.own_db_dir()
+    return folder if not _layout.is_checkout() and folder.is_dir() else None
+
+
+@lru_cache
 def _rendered() -> frozenset[str]:
     return generated.names()
 
@@ -178,7 +186,8 @@ def _plan(
         device = INTERPRETER
     reasons = refusals(problem, device, toolchain)
     if not reasons and device is not None:
-        overlay = None if options.database is None else database.load(options.database)
+        own = _own_database() if options.database is None else options.database
+        overlay = None if own is None else database.load(own)
         try:
             branches = tuple(
                 _branch(_Question(problem, branch, device, options, backward, toolchain, committed, overlay, texts))

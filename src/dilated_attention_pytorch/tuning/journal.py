@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .. import _layout
 from ..config import ProblemKey
 from ..database import Resources
 from ..errors import DatabaseError
@@ -195,16 +196,7 @@ class Journal:
 
 def runs_dir() -> Path:
     """Where journals lie: a folder of the user's data, the same for a wheel and a checkout."""
-    return data_dir() / "runs"
-
-
-def data_dir() -> Path:
-    """The user's folder for what this package keeps: `$XDG_DATA_HOME/dilated-attention`, or where systems put it."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    else:
-        base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(base) / "dilated-attention"
+    return _layout.data_dir() / "runs"
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
