@@ -113,7 +113,8 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         between = 4096
     else:
         buffers = 2 * stages - 2
-    return (held + buffers * loop) * row + between + vectors
+    barriers = 64 if arch in ("sm_100", "sm_103") else 0  # of its tensor cores, which run by themselves
+    return (held + buffers * loop) * row + between + vectors + barriers
 
 
 def has_tensor_cores_for_float32(arch: str) -> bool:

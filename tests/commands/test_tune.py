@@ -1,0 +1,78 @@
+"""`dilated-attention tune` and `screen`: what they say before anything is measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from dilated_attention_pytorch import cli, device
+from dilated_attention_pytorch.workloads import named
+
+
+@pytest.fixture
+def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, as far as it is asked."""
+    monkeypatch.setattr(device, "current", lambda where=None: device.simulated("h100"))
+
+
+def test_without_a_gpu_it_says_what_can_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback from the first launch."""
+    assert cli.main(["tune", "--workload", "core"]) == 2
+    assert "`dilated-attention screen --arch sm_90`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_an_h100")
+def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A look that tunes, or that leaves half of it out."""
+    given = ["tune", "--preset", "quick", "--dry-run", "--json", "--db", str(tmp_path), "--runs", str(tmp_path)]
+    assert cli.main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "nvidia-h100-80gb-hbm3"
+    assert len(found["problems"]) == 39  # 15 launches of longnet, causal or not, and 9 of the core
+    assert sum(problem["weight"] for problem in found["problems"]) == pytest.approx(1.0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("on_an_h100")
+def test_misses_are_a_list_of_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log of what ran unmeasured that nobody can tune from."""
+    misses = tmp_path / "misses.jsonl"
+    misses.write_text(json.dumps(asdict(named("gigapath").problem())) + "\n", encoding="utf-8")
+    assert cli.main(["tune", "--from-misses", str(misses), "--dry-run", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 15  # five branches, three launches each
+
+
+@pytest.mark.usefixtures("on_an_h100")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--workload", "lognet"], "'lognet' is no workload"),
+        (["--gpus", "first"], "--gpus must be all or indices"),
+        (["--workload", "longnet", "--dtype", "fp32"], "there is nothing to tune"),
+        (["--resume", "--runs", "."], "--resume found no run"),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or a run of something else."""
+    assert cli.main(["tune", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.compile
+def test_screening_ranks_what_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list in which a candidate that spills or is too large stands before one that fits, or that tune cannot read."""
+    output = tmp_path / "ranked.json"
+    given = ["--workload", "core", "--dtype", "fp16", "--candidates", "2", "--output", str(output)]
+    assert cli.main(["screen", "--arch", "sm_120", *given]) == 2  # the core has no fp16
+    assert "there is nothing to tune" in capsys.readouterr().err
+    given[3] = "bf16"
+    assert cli.main(["screen", "--arch", "sm_120", *given, "--processes", "2"]) == 0
+    ranked = json.loads(output.read_text(encoding="utf-8"))
+    assert ranked["arch"] == "sm_120" and len(ranked["problems"]) == 9
+    for problem in ranked["problems"]:
+        spills = [row["resources"]["spills"] for row in problem["candidates"]]
+        assert spills == sorted(spills) and len(spills) + len(problem["failed"]) >= 2
+        assert all(row["resources"]["shared_bytes"] <= device.SHARED_BYTES["sm_120"] for row in problem["candidates"])

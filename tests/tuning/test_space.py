@@ -1,0 +1,88 @@
+"""What there is to tune, and what may be tried for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from dilated_attention_pytorch import device, heuristics
+from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.tuning import problems, space
+from dilated_attention_pytorch.tuning.problems import Task
+from dilated_attention_pytorch.workloads import WORKLOADS
+
+H100 = device.simulated("h100")
+EVERY = problems.of_calls(problems.preset("standard"), H100)
+
+
+def title(task: Task) -> str:
+    """A test's name."""
+    return f"{task.workload}-{task.op}-{task.key.dtype}-{'x'.join(map(str, task.key.branches[0]))}"
+
+
+def test_every_launch_of_every_workload_is_a_task_once() -> None:
+    """A workload left out; one key measured twice; a branch whose backward nobody tunes."""
+    assert {task.workload for task in EVERY} == set(WORKLOADS)
+    assert len({task.key for task in EVERY}) == len(EVERY)
+    by_kind: dict[object, set[str]] = {}
+    for task in EVERY:
+        by_kind.setdefault((task.key.branches, task.key.dtype, task.key.causal, task.key.order), set()).add(task.op)
+    assert all(ops == set(OPS) for ops in by_kind.values())
+
+
+def test_the_weightiest_come_first_and_weights_are_shares() -> None:
+    """A run that is stopped early has tuned what hardly matters."""
+    weights = [task.weight for task in EVERY]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1.0)
+
+
+def test_hosts_share_all_tasks() -> None:
+    """A problem that no host tunes, or two do."""
+    shared = [task for host in range(3) for task in problems.shard(EVERY, (host, 3))]
+    assert sorted(map(title, shared)) == sorted(map(title, EVERY))
+
+
+@pytest.mark.parametrize("name", ["h100", "a100", "l4", "t4", "mi300x"])
+def test_candidates_are_legal_and_the_default_leads(name: str) -> None:
+    """A space without the default has nothing to gain on; one that ignores the device compiles in vain."""
+    gpu = device.simulated(name)
+    for task in EVERY[:: len(EVERY) // 12]:
+        candidates = space.space(task, gpu)
+        assert candidates[0].config == problems.default_config(task, gpu)
+        assert len(set(candidates)) == len(candidates)
+        for candidate in candidates[1:]:
+            problem = task.problem
+            need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, candidate.config, gpu.arch)
+            assert need <= 1.1 * gpu.shared_bytes
+            assert candidate.config.num_stages == 1 or gpu.arch != "sm_75"
+
+
+def test_a_space_is_neither_a_handful_nor_a_day() -> None:
+    """Rules that leave the default alone, or a grid that takes an hour a problem."""
+    for task in EVERY:
+        if task.workload == "longnet":
+            assert 25 <= len(space.space(task, H100)) <= 60
+
+
+def test_a_step_changes_one_thing() -> None:
+    """A step that jumps: what it finds says nothing about why."""
+    task = EVERY[0]
+    start = space.space(task, H100)[0]
+    around = space.neighbours(task, H100, start)
+    assert around
+    for near in around:
+        before, after = start.config, near.config
+        changed = [name for name in before.__dataclass_fields__ if getattr(before, name) != getattr(after, name)]
+        assert len(changed) == 1, (before, after)
+
+
+def test_rivals_are_what_a_user_could_have_written() -> None:
+    """cuDNN asked for what it cannot do: an order, a mask, float32."""
+    raced = {task.key for task in EVERY if space.Candidate(space.CUDNN) in space.rivals(task, H100)}
+    assert any(key.causal for key in raced)
+    for key in raced:
+        assert (key.op, key.order, key.queries, key.flags) in (
+            ("fwd", "none", "dilated", ()),
+            ("fwd", "none", "dilated", ("full",)),
+        )
+        assert key.dtype in ("bf16", "fp16")
