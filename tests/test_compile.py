@@ -26,6 +26,8 @@ pytestmark = [
 EVERYWHERE = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = ("general_hilbert", "s2048_d2_even", "s128_d2_snake_all_one")
 """One of each kind of text: ragged loops over an index, even loops, one tile with a computed order."""
+LOOPS = ("general", "general_hilbert_all")
+"""The texts that hold every feature's branches: rows in place, dilated; rows through an index, all asking."""
 TOOLCHAIN = ("sm_90", "gfx942")
 ALL = os.environ.get("PROVE") == "all"
 CELLS = [
@@ -105,15 +107,22 @@ FEATURES = {
     "D24-odd-strides": {"head_dim": 24, "causal": True},
     "D256": {"head_dim": 256},
     "fp32-tf32": {"dtype": "fp32", "tf32": True, "head_dim": 128},
-    "fp32-ieee": {"dtype": "fp32", "head_dim": 32},
+    "fp32-highest": {"dtype": "fp32", "head_dim": 32},
     "range": {"query_range": (50, 90)},
+    "dropout": {"dropout": True},
 }
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", ["general", "general_hilbert_all"])
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        (name, feature)
+        for place, feature in enumerate(FEATURES)
+        for name in (LOOPS if ALL or feature == "dropout" else [LOOPS[place % 2]])
+    ],
+)
 def test_feature_compiles(name: str, feature: str) -> None:
-    """A constexpr branch that only one feature enters."""
+    """A constexpr branch that only one feature enters: in one of two texts in turn, in both with `make prove`."""
     variant = Variant.from_name(name)
     for op in OPS:
         resources, estimate = compiled(variant, op, "sm_90", case_problem(variant, **FEATURES[feature]), merge=True)
