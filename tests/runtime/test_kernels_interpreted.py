@@ -73,7 +73,7 @@ def test_specialised_text(name: str, causal: bool) -> None:
     check(case, config)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(max_length=40))
 def test_drawn_cases(case: Case) -> None:
     """What nobody thought of."""
