@@ -385,6 +385,25 @@ def test_autocast_leaves_float64() -> None:
 # ---- What no backend has, and what one alone has ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "equal",
+    [
+        {"is_causal": 1},
+        {"dropout_p": False},
+        {"scale": True},
+        {"segment_lengths": [4.0, 7]},
+        {"dilation_rates": [True, 3]},
+    ],
+    ids=lambda equal: next(iter(equal)),
+)
+def test_a_known_call_does_not_let_its_equals_in(equal: dict[str, Any]) -> None:
+    """A memory of calls in which 1, 1.0 and True are one: what was refused is taken from the second call on."""
+    given = GIVEN | {"dilation_rates": [1, 3], "is_causal": True, "dropout_p": 0.0, "scale": 1.0}
+    dap.dilated_attention(**given)
+    with pytest.raises(ArgumentTypeError):
+        dap.dilated_attention(**given | equal)
+
+
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_a_detached_mix(backend: str | None) -> None:
     """Weights trained by torchscale's rule need its gradient; whichever backend has it must be found."""

@@ -85,16 +85,18 @@ def _kind(
     arguments: dict[str, Any],
     *rest: Any,
 ) -> Any:
-    """All that a decision depends on as one value to look up; None for what is no argument, as the checks will say."""
+    """All that a decision depends on as one value to look up; None for what is no argument, as the checks will say.
+
+    Numbers are told by their text: 1, 1.0 and True are equal, and not all of them are taken.
+    """
     mask = arguments.get("key_padding_mask")
+    names = ("is_causal", "dropout_p", "scale")
     try:
         kind = (
             *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-            tuple(segment_lengths) if isinstance(segment_lengths, list) else segment_lengths,
-            tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
-            *(value if value is not mask else None for value in arguments.values()),
+            repr((segment_lengths, dilation_rates, *(arguments.get(name) for name in names))),
+            *(value if value is not mask else None for name, value in arguments.items() if name not in names),
             mask is None,
-            type(arguments.get("is_causal")),  # 1 equals True, and is refused
             torch.get_float32_matmul_precision(),
             *rest,
         )
