@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 PACKAGE = "dilated_attention_pytorch"
 FLOORS = (
-    {"errors", "variant", "config", "source_hash", "device", "workloads", "_layout", "_strict_yaml"},
+    {"errors", "variant", "config", "precision", "source_hash", "device", "workloads", "_layout", "_strict_yaml"},
     {"order", "_curves", "_plot", "reference", "database", "heuristics", "generated"},
     {"runtime"},
     {"tuning", "kernels", "modules", "utils", "compat"},

@@ -1,7 +1,4 @@
-"""The one tolerance table, and the one way results are compared with the oracle.
-
-Loosening a number here is a decision: write down why in the commit that does it.
-"""
+"""The one way results are compared with the oracle; the table is the package's own (`precision.py`)."""
 
 from __future__ import annotations
 
@@ -10,28 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Tolerance(NamedTuple):
-    """Relative errors in the Frobenius norm against the float64 oracle on the same rounded inputs."""
-
-    out: float
-    grad: float
-    lse: float
-
-
-TOLERANCES = {
-    "bf16": Tolerance(out=4e-3, grad=1e-2, lse=1e-4),
-    "fp16": Tolerance(out=5e-4, grad=2e-3, lse=1e-4),
-    "fp32": Tolerance(out=1e-5, grad=1e-4, lse=1e-5),
-    "tf32": Tolerance(out=2e-3, grad=5e-3, lse=2e-3),
-    "fp64": Tolerance(out=1e-9, grad=1e-8, lse=1e-9),
-}
+from dilated_attention_pytorch.precision import DOUT_FLOOR
+from dilated_attention_pytorch.precision import TOLERANCES as TOLERANCES
 
 DENSE_FACTOR = 2.0
 """Nobody is held to less than twice the error of the dense formula in the same dtype."""
-
-DOUT_FLOOR = 1e-6
-"""Nor, where a gradient cancels to almost nothing, to less than this share of ‖dout‖."""
 
 
 class Results(NamedTuple):

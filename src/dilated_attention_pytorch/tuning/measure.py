@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..device import Device
+from ..precision import DOUT_FLOOR, TOLERANCES
 from . import scenes
 from .problems import Task
 from .routes import ROUTES, Launch, Outputs, Route, Scene
@@ -22,17 +23,6 @@ from .worker import Fatal
 
 GUARD = 512
 """Elements of poison before and behind every output."""
-
-TOLERANCES = {
-    "bf16": (4e-3, 1e-2, 1e-4),
-    "fp16": (5e-4, 2e-3, 1e-4),
-    "fp32": (1e-5, 1e-4, 1e-5),
-    "tf32": (2e-3, 5e-3, 2e-3),
-    "fp64": (1e-9, 1e-8, 1e-9),
-}
-"""Largest relative errors of out, gradients and lse in the Frobenius norm."""
-DOUT_FLOOR = 1e-6
-"""No gradient is held to less than this share of ‖dout‖."""
 
 SPREAD = 0.05
 """An interval wider than this share of its median is measured again, and flagged if it stays so wide."""
@@ -235,9 +225,9 @@ def compare(scene: Scene, results: Outputs) -> Checked:
     """Hold the results to the tolerance of their dtype; the worst of them is told."""
     problem = scene.problem
     tolerances = TOLERANCES["tf32" if problem.tf32 and problem.dtype == "fp32" else problem.dtype]
-    worst = Checked(0.0, tolerances[0])
+    worst = Checked(0.0, tolerances.out)
     for name, expected in scene.expected.items():
-        tolerance = tolerances[("out", "d", "lse").index(name if name in ("out", "lse") else "d")]
+        tolerance = getattr(tolerances, name if name in ("out", "lse") else "grad")
         actual = results[name]
         keyless = expected == -torch.inf
         if not torch.equal(actual == -torch.inf, keyless) or not torch.isfinite(actual[~keyless]).all():
