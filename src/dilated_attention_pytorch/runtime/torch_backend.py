@@ -223,6 +223,8 @@ def _branches(
 ) -> Iterator[tuple[Iterator[Call], Drops | None]]:
     """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
     tokens = None if index is None else index.long()
+    if dropout is not None:
+        keys = _by_head(key_bits(problem.length, dropout.seed.device).expand(problem.batch, -1), problem.kv_heads)
 
     def share(branch: int) -> float:
         return sum(offset >= 0 for offset in offsets.rows[branch]) / problem.branches[branch][1]
@@ -230,6 +232,5 @@ def _branches(
     for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
         dropped = None
         if dropout is not None:
-            keys = key_bits(problem.length, dropout.seed.device).expand(problem.batch, -1)
-            dropped = Drops(dropout, dropout.row_bits(problem, branch), _by_head(keys, problem.kv_heads))
+            dropped = Drops(dropout, dropout.row_bits(problem, branch), keys)
         yield calls(problem, branch, offsets.rows[branch], tokens, budget), dropped
