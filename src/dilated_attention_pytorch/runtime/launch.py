@@ -201,8 +201,8 @@ def shared_values(
 def _precision(problem: Problem, arch: str) -> str:
     """How products of float32 are taken.
 
-    Tensor cores take tf32; three such products of the operands' high and low halves are float32's (errors of 4e-7 where
-    float32's own are 3e-7 to 9e-7, at a third to an eighth of the time: CONTRIBUTING.md). Others have no such cores.
+    Tensor cores take tf32; three such products of the operands' high and low halves are as exact as float32's own and
+    take a half to a sixth of their time (CONTRIBUTING.md). Others have no such cores.
     """
     if problem.dtype != "fp32":
         return "ieee"
