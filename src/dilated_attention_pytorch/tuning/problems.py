@@ -99,16 +99,16 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
                 task = Task(key, alone, op, place > 0, workload)
                 if key not in tasks or task.flops > tasks[key].flops:
                     tasks[key] = task  # of several calls with one key the largest is measured
-                work[key] = work.get(key, 0.0) + _seconds(task, device)
+                work[key] = work.get(key, 0.0) + crude_us(task, device)
     total = sum(work.values())
     weighed = [replace(task, weight=work[key] / total) for key, task in tasks.items()]
     return sorted(weighed, key=lambda task: -task.weight)
 
 
-def _seconds(task: Task, device: Device) -> float:
+def crude_us(task: Task, device: Device) -> float:
     """A crude time on an equal scale for all tasks: products at 100 flops a byte of bandwidth, or memory's."""
     bandwidth = device.bandwidth or 1000.0
-    return max(task.flops / 100, task.bytes) / bandwidth
+    return max(task.flops / 100, task.bytes) / bandwidth / 1e3
 
 
 def calls_of(names: Iterable[str], dtypes: tuple[str, ...] | None = None) -> list[tuple[str, Problem]]:

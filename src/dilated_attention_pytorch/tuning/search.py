@@ -69,6 +69,7 @@ def search(
     incumbent: Candidate | None = None,
     *,
     rivals: Sequence[Candidate] = (),
+    finalists: int = FINALISTS,
     neighbours: Callable[[Candidate], Sequence[Candidate]] = lambda candidate: (),
     hurry: Callable[[], bool] = lambda: False,
 ) -> Search:
@@ -78,6 +79,7 @@ def search(
         candidates: The untuned default first, then by promise.
         incumbent: What the database has.
         rivals: External routes: timed in the finals, and never the winner.
+        finalists: Of those that raced, the default and the incumbent apart.
         neighbours: What lies around a candidate.
         hurry: Time is over: no further candidate is begun, those that were raced go to the finals.
 
@@ -97,7 +99,7 @@ def search(
         new = [candidate for candidate in dict.fromkeys(around) if candidate not in wanted]
         if new:
             yield from racing.race((yield from _screened(new[:STEPS], [])), "step", hurry)
-    finals = yield from _finals(racing, chosen, rivals)
+    finals = yield from _finals(racing, chosen, rivals, finalists)
     eligible = [row for row in finals if row.status == "ok" and row.route == default.route]
     if not eligible:
         return None
@@ -151,13 +153,13 @@ class _Racing:
 
 
 def _finals(
-    racing: _Racing, chosen: Sequence[Candidate], rivals: Sequence[Candidate]
+    racing: _Racing, chosen: Sequence[Candidate], rivals: Sequence[Candidate], most: int
 ) -> Generator[Request, list[Measurement], list[Measurement]]:
     """The rows of the finals: of who passes the check with tails."""
     ranked = racing.ranked()
     close = [candidate_of(row) for row in ranked if (row.median_us or 0.0) <= CLOSE * racing.best_us]
     raced = [candidate_of(row) for row in ranked]
-    wanted = list(dict.fromkeys((*close[:FINALISTS], *(c for c in chosen if c in raced))))
+    wanted = list(dict.fromkeys((*close[:most], *(c for c in chosen if c in raced))))
     finalists = []
     for place, candidate in enumerate(wanted):
         if place == 0:

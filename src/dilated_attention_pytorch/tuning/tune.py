@@ -26,7 +26,7 @@ from .problems import Task, planned
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
-from .search import Request, Search, Verdict, search
+from .search import FINALISTS, Request, Search, Verdict, search
 from .space import KERNEL, Candidate
 from .worker import Lost, NoStart, Raised, Worker, wait_for_any
 
@@ -53,9 +53,10 @@ class Settings:
         gpus: Torch devices that measure, one process each.
         budget_s: Seconds after which nothing new is begun.
         limit: Candidates a task at most, the most promising; None is all.
+        finalists: Of those that raced, the default and the incumbent apart.
         processes: That compile; None is one a core that no GPU's process needs.
         candidate_s: Seconds that a check or a timing may take.
-        routes: Ways to run a task; tests put stand-ins.
+        routes: Ways to run a task; a rival that has none takes no part. Tests put stand-ins.
         measurer: What measures, in a process for each of `gpus`.
         compiler: What compiles, in processes of its own; None compiles nothing: the interpreter, a CPU.
     """
@@ -65,6 +66,7 @@ class Settings:
     gpus: tuple[str, ...] = ("cuda:0",)
     budget_s: float = float("inf")
     limit: int | None = None
+    finalists: int = FINALISTS
     processes: int | None = None
     candidate_s: float = CANDIDATE_S
     routes: Mapping[str, Route] = field(default_factory=lambda: ROUTES)
@@ -95,6 +97,7 @@ def tune(
     settings: Settings,
     *,
     ranked: Mapping[ProblemKey, Sequence[Candidate]] | None = None,
+    incumbents: Mapping[ProblemKey, Candidate] | None = None,
     progress: Progress | None = None,
 ) -> Journal:
     """Search every task's winner, the first ones first.
@@ -105,6 +108,7 @@ def tune(
         run: The journal's first line.
         settings: See there.
         ranked: Candidates by key, from a screening elsewhere, in place of the space's.
+        incumbents: By key, in place of the database's.
         progress: Who is told.
 
     Returns:
@@ -120,7 +124,8 @@ def tune(
     known = journal.read(settings.journal) if settings.journal.is_file() else Journal()
     _refuse_other(known, run, settings.journal)
     with Writer(settings.journal) as writer:
-        return _Tuning(tasks, device, run, settings, ranked or {}, progress or Progress(), known, writer).go()
+        given = ranked or {}, incumbents or {}
+        return _Tuning(tasks, device, run, settings, *given, progress or Progress(), known, writer).go()
 
 
 def _refuse_other(known: Journal, run: Run, path: Path) -> None:
@@ -174,11 +179,13 @@ class _Tuning:
         run: Run,
         settings: Settings,
         ranked: Mapping[ProblemKey, Sequence[Candidate]],
+        incumbents: Mapping[ProblemKey, Candidate],
         progress: Progress,
         known: Journal,
         writer: Writer,
     ) -> None:
-        self._device, self._run, self._settings, self._ranked = device, run, settings, ranked
+        self._device, self._run, self._settings = device, run, settings
+        self._ranked, self._incumbents = ranked, incumbents
         self._progress, self._journal, self._writer = progress, known, writer
         self._begun = time.monotonic()
         free = max(cores() - len(settings.gpus), 1)
@@ -249,7 +256,8 @@ class _Tuning:
         steered = search(
             candidates[: self._settings.limit],
             incumbent,
-            rivals=space.rivals(task, self._device),
+            rivals=[rival for rival in space.rivals(task, self._device) if rival.route in self._settings.routes],
+            finalists=self._settings.finalists,
             neighbours=lambda candidate: space.neighbours(task, self._device, candidate),
             hurry=lambda: self._hurry,
         )
@@ -265,12 +273,12 @@ class _Tuning:
         self._ask(active, None)
 
     def _incumbent(self, task: Task) -> Candidate | None:
-        """What the database has for this very key; a resumed run keeps to what it began with."""
+        """What is given or the database has for this very key; a resumed run keeps to what it began with."""
         for row in self._journal.problems:
             if row.key == task.key:
                 return None if row.incumbent is None else Candidate(KERNEL, tuple(row.incumbent.items()))
-        if self._settings.root is None:
-            return None
+        if task.key in self._incumbents or self._settings.root is None:
+            return self._incumbents.get(task.key)
         entries = database.load(self._settings.root).entries(self._device.arch, self._device.name, task.op)
         return Candidate.of(entries[task.key].config) if task.key in entries else None
 

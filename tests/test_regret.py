@@ -1,0 +1,115 @@
+"""Regret on problems that nobody tuned: how they are drawn, and that a loss is told as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import regret
+from benchmarks.regret import FASTEST, WHERE, Drawn
+from dilated_attention_pytorch import database
+from dilated_attention_pytorch import device as devices
+from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.device import Device, Toolchain
+from dilated_attention_pytorch.errors import ArgumentError
+from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.tuning import space, worker
+from dilated_attention_pytorch.tuning.measure import Answer, Checked, CheckJob, Job
+from dilated_attention_pytorch.tuning.tune import Progress, Settings
+
+from .tuning import standin
+from .tuning.standin import DEVICE, candidates, microseconds, tasks
+
+H100 = devices.simulated("h100")
+TOOLCHAIN = Toolchain("3.6.0")
+
+
+def test_problems_are_new_and_where_they_say() -> None:
+    """Regret of 1.0 on what was tuned itself, or "across" that the nearest entry serves."""
+    found = database.load()
+    drawn = regret.draw(24, 5, H100, TOOLCHAIN, found)
+    assert drawn == regret.draw(24, 5, H100, TOOLCHAIN, found) != regret.draw(24, 6, H100, TOOLCHAIN, found)
+    assert len({one.task.key for one in drawn}) == 24
+    assert {(one.where, one.task.op) for one in drawn} == {(where, op) for where in WHERE for op in OPS}
+    for one in drawn:
+        key = one.task.key
+        tuned = found.entries(H100.arch, H100.name, key.op)
+        alike = [near.branches[0][0] for near in tuned if replace(near, branches=(), grid=1) == regret._kind(key)]
+        rows = key.branches[0][0]
+        assert key not in tuned and one.choice.op == key.op
+        places = {"across": not alike, "between": bool(alike) and min(alike) <= rows <= max(alike)}
+        assert places.get(one.where, bool(alike) and not min(alike) <= rows <= max(alike)), (one.where, key, alike)
+
+
+def test_nothing_tuned_is_told() -> None:
+    """An endless draw between problems that do not exist."""
+    with pytest.raises(ArgumentError, match=r"no fwd between what is tuned for sm_89"):
+        regret.draw(3, 0, devices.simulated("l4"), TOOLCHAIN, database.load())
+
+
+@pytest.fixture
+def how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Searches that compute nothing, of the eight candidates nearest the default."""
+    monkeypatch.setattr(worker, "START_METHOD", "fork")
+    monkeypatch.setattr(space, "neighbours", lambda task, device, candidate: [])
+    return standin.settings(
+        tmp_path, measurer=standin.without_torch, gpus=(str(tmp_path / "asked"),), limit=8, root=None
+    )
+
+
+def drawn_as(place: int) -> list[Drawn]:
+    """Each launch of a call, as if the plan ran the candidate of this place by speed, the slowest last."""
+    found = []
+    for task in tasks():
+        choice = getattr(plan(task.problem, DEVICE, "triton").branches[0], task.op)
+        ranked = sorted(candidates(task)[:8], key=lambda candidate: microseconds(candidate.name))
+        found.append(Drawn("across", task, replace(choice, config=ranked[place].config)))
+    return found
+
+
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_regret_is_of_what_runs_over_the_best(how: Settings, place: int) -> None:
+    """What runs compared with the default, or with the tuner's pick; a slow one that is left out of the finals."""
+    drawn = drawn_as(place)
+    found = regret.measure(drawn, DEVICE, how, Progress())
+    assert found["measured"] == found["asked"] == len(OPS)
+    for one, row in zip(drawn, found["rows"], strict=True):
+        times = sorted(microseconds(candidate.name) for candidate in candidates(one.task)[:8])
+        assert row["regret"] == pytest.approx(times[place] / times[0])
+        assert row["dispatched"]["config"] == one.choice.config.name
+        assert row["dispatched"]["us"] == pytest.approx(times[place], abs=1e-3)
+        assert row["raced"] == 8 and len(row["finals"]) <= FASTEST + 2
+    assert found["worst"] == max(row["regret"] for row in found["rows"])
+    json.dumps(found)
+    regret.show({**found, "seed": 0})
+
+
+def wrong_at_first(where: str, device: Device, routes: object) -> Callable[[Job], Answer]:
+    """The fastest candidate of each launch is wrong."""
+    answer = standin.without_torch(where, device, {})
+
+    def check(job: Job) -> Answer:
+        if isinstance(job, CheckJob):
+            fastest = min(candidates(job.task)[:8], key=lambda candidate: microseconds(candidate.name))
+            if job.candidate == fastest:
+                return Checked(0.5, 1e-5, "out: relative error 5.0e-01")
+        return answer(job)
+
+    return check
+
+
+def test_what_runs_and_is_wrong_has_no_regret(how: Settings) -> None:
+    """A wrong kernel that the plan runs drops out of the finals, and out of the result."""
+    found = regret.measure(drawn_as(0), DEVICE, replace(how, measurer=wrong_at_first), Progress())
+    assert found["measured"] == 0 and found["median"] is None
+    assert [row["failure"] for row in found["rows"]] == len(OPS) * ["check: correctness, out: relative error 5.0e-01"]
+
+
+def test_time_that_is_over_is_told(how: Settings) -> None:
+    """Launches that nobody measured, counted as such of no regret."""
+    found = regret.measure(drawn_as(0), DEVICE, replace(how, budget_s=0.0), Progress())
+    assert found["asked"] == len(OPS) and found["measured"] == len(found["rows"]) == 0
