@@ -7,11 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.precision import DOUT_FLOOR
+from dilated_attention_pytorch.precision import DENSE_FACTOR, DOUT_FLOOR
 from dilated_attention_pytorch.precision import TOLERANCES as TOLERANCES
-
-DENSE_FACTOR = 2.0
-"""Nobody is held to less than twice the error of the dense formula in the same dtype."""
 
 
 class Results(NamedTuple):

@@ -24,5 +24,8 @@ TOLERANCES = {
     "fp64": Tolerance(out=1e-9, grad=1e-8, lse=1e-9),
 }
 
+DENSE_FACTOR = 2.0
+"""Nobody is held to less than twice the error of the dense formula in the same dtype."""
+
 DOUT_FLOOR = 1e-6
 """No gradient, where it cancels to almost nothing, is held to less than this share of ‖dout‖."""

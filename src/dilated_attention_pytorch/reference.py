@@ -33,6 +33,7 @@ def dilated_attention(
     padding: str = "none",
     mix_grad: str = "exact",
     dropout_mask: DropoutMask | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Dilated attention of q over k and v as one softmax over the keys of all branches.
 
@@ -52,11 +53,12 @@ def dilated_attention(
         mix_grad: "detached" holds the mixing weights of the branches constant in the backward; lse then carries no
             gradient.
         dropout_mask: Multipliers of the attention probabilities, by branch.
+        dtype: What everything is computed in; a narrow one tells what rounding alone costs.
 
     Returns:
-        out (B, N, H, D) and lse (B, H, N), both float64 and in token order; 0 and -inf where a query has no key.
+        out (B, N, H, D) and lse (B, H, N), both of `dtype` and in token order; 0 and -inf where a query has no key.
     """
-    q, k, v = q.double(), k.double(), v.double()
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     batch, length, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     tokens = torch.arange(length, device=q.device) if order is None else order.to(q.device)
@@ -86,7 +88,7 @@ def dilated_attention(
                 is_causal=is_causal,
                 scale=scale,
                 phantoms=padding == "zeros" and not is_causal,
-                multipliers=None if dropout_mask is None else dropout_mask(branch)[:, head].double(),
+                multipliers=None if dropout_mask is None else dropout_mask(branch)[:, head].to(dtype),
             )
             branch_outs.append(out)
             branch_lses.append(lse)

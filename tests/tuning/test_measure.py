@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.device import Device
-from dilated_attention_pytorch.tuning import measure, scenes, worker
+from dilated_attention_pytorch.precision import TOLERANCES
+from dilated_attention_pytorch.tuning import measure, routes, scenes, worker
 from dilated_attention_pytorch.tuning.measure import Answer, CheckJob, Job, Timed, TimeJob, bench, interval
 from dilated_attention_pytorch.tuning.routes import Launch, Launcher, Outputs, Scene
 from dilated_attention_pytorch.tuning.space import Candidate
@@ -94,6 +97,63 @@ def test_what_must_come_out_is_told_twice_alike(op: str, merge: bool) -> None:
         assert all(torch.allclose(exact.before[name], wide.before[name], atol=1e-5) for name in exact.before)
     found = measure.compare(exact, {name: value.float() for name, value in wide.expected.items()})
     assert not found.wrong and found.error < 1e-6
+
+
+VIEWED = replace(PROBLEM, length=192, heads=5, kv_heads=5, branches=((48, 1), (96, 3)))
+GROUPED = replace(VIEWED, heads=4, kv_heads=2, branches=((48, 1),))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        VIEWED,
+        replace(VIEWED, head_offset="blocked", causal=True, batch=2),
+        replace(VIEWED, head_offset="zero", branches=((192, 4),)),
+        GROUPED,
+    ],
+    ids=["cyclic", "blocked-causal", "zero-full", "grouped"],
+)
+def test_a_rival_computes_what_we_do(problem: Problem) -> None:
+    """A time of cuDNN on other rows, or of other heads' keys, that ours is held against."""
+    cudnn = {"cudnn": lambda scene, candidate: routes.strided_sdpa(scene, SDPBackend.MATH)}
+    asked = bench("cpu", DEVICE, cudnn)
+    for task in tasks(problem):
+        found = asked(CheckJob(task, Candidate("cudnn")))
+        assert isinstance(found, measure.Checked) and not found.wrong and 0 < found.error < 1e-5, (task, found)
+        (timed,) = asked(TimeJob(task, (Candidate("cudnn"),), budget_us=100.0))
+        assert isinstance(timed, Timed)
+
+
+def test_a_rival_that_is_wrong_is_found_out() -> None:
+    """Its heads' rows in other places, or a gradient that it does not give: every such time would be believed."""
+    (task, *_) = (task for task in tasks(VIEWED) if task.op == "dkdv" and task.merge)
+    given = bench("cpu", DEVICE, {"cudnn": swapped})(CheckJob(task, Candidate("cudnn")))
+    assert isinstance(given, measure.Checked) and given.wrong.startswith("dq: relative error")
+
+
+def swapped(scene: Scene, candidate: Candidate) -> Launcher:
+    """All gradients of a rival, two of its heads in each other's place."""
+    return lambda outputs: lambda: lambda: {name: scene.alone[name].flip(2) for name in ("dq", "dk", "dv")}
+
+
+@pytest.mark.parametrize(("op", "name", "segment"), [("fwd", "out", 96), ("dq", "dq", 2), ("dkdv", "dk", 2)])
+def test_rounding_alone_is_no_error(op: str, name: str, segment: int) -> None:
+    """A right kernel dropped, as bf16 costs the formula itself more than the tolerance; or any error excused so."""
+    problem = replace(PROBLEM, dtype="bf16", branches=((segment, 1),))
+    inputs = scenes.scene(problem, op, False, DEVICE, torch.device("cpu"), seed=2, exact=True)
+    rounding = scenes.rounded(inputs, alone=False)[name].double() - inputs.expected[name]
+    tolerance = TOLERANCES["bf16"].out if op == "fwd" else TOLERANCES["bf16"].grad
+    assert 1.9 * rounding.norm() > tolerance * inputs.expected[name].norm()
+    for times, fits in ((1.9, True), (2.1, False)):
+        results = {**inputs.expected, name: inputs.expected[name] + times * rounding}
+        assert (not measure.compare(inputs, results).wrong) == fits
+
+
+def test_rounding_is_merged_as_results_are() -> None:
+    """A merged result held to the rounding of the branch alone: any error of the merge would be excused."""
+    inputs = scenes.scene(replace(PROBLEM, dtype="bf16"), "fwd", True, DEVICE, torch.device("cpu"), seed=2, exact=True)
+    merged, wanted = scenes.rounded(inputs, alone=False)["out"], inputs.expected["out"]
+    assert 0 < (merged - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_small_and_ragged_problems_keep_what_makes_the_kernel() -> None:

@@ -118,6 +118,13 @@ def test_a_rival_never_wins() -> None:
     assert [row.route for row in verdict.finals].count("cudnn") == 1
 
 
+def test_a_rival_is_timed_only_if_it_is_right() -> None:
+    """A rival that computes something else: ours looks slow beside it."""
+    bench = Bench({}, {("check", Candidate("cudnn")): "correctness"})
+    bench.run(EVERY, rivals=[Candidate("cudnn"), Candidate("torch")])
+    assert Candidate("cudnn") not in bench.of("finals") and Candidate("torch") in bench.of("finals")
+
+
 def test_the_step_goes_around_the_best() -> None:
     """A winner just outside of the grid is never found, or a whole second grid is raced."""
     near = [Candidate.of(LaunchConfig(128, 32, num_stages=stages, maxnreg=168)) for stages in range(1, 9)]

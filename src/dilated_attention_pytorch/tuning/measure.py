@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..device import Device
-from ..precision import DOUT_FLOOR, TOLERANCES
+from ..precision import DENSE_FACTOR, DOUT_FLOOR, TOLERANCES
 from . import scenes
 from .problems import Task
 from .routes import ROUTES, Launch, Outputs, Route, Scene
@@ -133,7 +133,8 @@ class Bench:
     def _check(self, job: CheckJob) -> Checked:
         worst = Checked(0.0, 1.0)
         for scene in self._checked_scenes(job):
-            found = compare(scene, self._run(scene, job.candidate))
+            results, alone = self._run(scene, job.candidate)
+            found = compare(scene, results, alone=alone)
             if found.wrong:
                 self._scenes.clear()  # a wrong candidate may have written anywhere
                 return found
@@ -164,20 +165,22 @@ class Bench:
         self._scenes.move_to_end(label)
         return self._scenes[label]
 
-    def _run(self, scene: Scene, candidate: Candidate) -> Outputs:
-        """Outputs of one launch.
+    def _run(self, scene: Scene, candidate: Candidate) -> tuple[Outputs, bool]:
+        """Outputs of one launch, and whether they are those of the branch alone.
 
         Raises:
             Corrupted: It wrote outside of them.
         """
         outputs, memories = scenes.fresh(scene, GUARD)
-        results = self._routes[candidate.route](scene, candidate)(outputs)()
+        given = self._routes[candidate.route](scene, candidate)(outputs)()
         self._clock.wait()
         for name, memory in memories:
             for band, side in ((memory[:GUARD], "before"), (memory[-GUARD:], "behind")):
                 if not band.isnan().all():
                     raise Corrupted(f"wrote {side} {name}")
-        return outputs if results is None else results
+        if given is None:
+            return outputs, False
+        return given() if callable(given) else given, True
 
     def _time(self, job: TimeJob) -> tuple[Timed | str, ...]:
         scene = self._scene(job.task, "whole")
@@ -221,12 +224,23 @@ class Bench:
 # ---- Comparing -------------------------------------------------------------------------------------------------------
 
 
-def compare(scene: Scene, results: Outputs) -> Checked:
-    """Hold the results to the tolerance of their dtype; the worst of them is told."""
+def compare(scene: Scene, results: Outputs, *, alone: bool = False) -> Checked:
+    """Hold the results to the bound of their dtype; the worst of them is told.
+
+    An error's norm may be the largest of the tolerance times the norm of what is expected, twice the error of the dense
+    formula in that dtype, and `DOUT_FLOOR` of dout's norm. What is told is its share of what it is held to.
+
+    Args:
+        scene: What was run.
+        results: What came out.
+        alone: Nothing was merged, and results that are not there are not missed: those of an external route.
+    """
     problem = scene.problem
     tolerances = TOLERANCES["tf32" if problem.tf32 and problem.dtype == "fp32" else problem.dtype]
     worst = Checked(0.0, tolerances.out)
-    for name, expected in scene.expected.items():
+    for name, expected in (scene.alone if alone else scene.expected).items():
+        if alone and name not in results:
+            continue
         tolerance = getattr(tolerances, name if name in ("out", "lse") else "grad")
         actual = results[name]
         keyless = expected == -torch.inf
@@ -234,9 +248,11 @@ def compare(scene: Scene, results: Outputs) -> Checked:
             count = int((~torch.isfinite(actual) & ~keyless).sum())
             wrong = f"{name}: {count} of {actual.numel()} elements NaN or infinite" if count else f"{name}: not -inf"
             return Checked(math.inf, tolerance, wrong)
-        actual, expected = (x.masked_fill(keyless, 0.0).to(expected.dtype) for x in (actual, expected))
-        difference = _norm(actual - expected)
+        difference = _distance(actual, expected)
         norm = max(_norm(expected), DOUT_FLOOR * _norm(scene.dout) / tolerance if name[0] == "d" else 0.0)
+        if difference > tolerance * norm and name != "lse":
+            rounding = _distance(scenes.rounded(scene, alone=alone)[name], expected)
+            norm = max(norm, DENSE_FACTOR * rounding / tolerance)
         error = difference / norm if norm else difference
         if error > tolerance:
             return Checked(error, tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}")
@@ -244,8 +260,14 @@ def compare(scene: Scene, results: Outputs) -> Checked:
     return worst
 
 
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    return _norm((actual.to(expected.dtype) - expected).masked_fill(expected == -torch.inf, 0.0))
+
+
 def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=x.dtype if x.dtype == torch.float64 else torch.float32))
+    """Of what is not -inf, summed up in float32 at least."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(x.masked_fill(x == -torch.inf, 0.0), dtype=dtype))
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from .. import generated
 from ..config import Problem
@@ -46,6 +48,8 @@ class Scene:
         delta: rowsum(dout ⊙ out), float32 (B, H, N).
         before: What the outputs hold before a launch, by name; NaN where there is none.
         expected: What they must hold after it.
+        alone: What the branch gives by itself, all gradients in a backward: an external route merges nothing.
+        rounded: The same by the oracle's formula in the dtype of q; empty until somebody asks.
     """
 
     problem: Problem
@@ -65,6 +69,8 @@ class Scene:
     delta: Tensor
     before: Outputs
     expected: Outputs
+    alone: Outputs
+    rounded: Outputs
 
     @property
     def scale(self) -> float:
@@ -72,8 +78,8 @@ class Scene:
         return 1.0 / math.sqrt(self.problem.head_dim)
 
 
-Launch = Callable[[], Outputs | None]
-"""Runs once; gives its results where it allocated them itself."""
+Launch = Callable[[], Outputs | Callable[[], Outputs] | None]
+"""Runs once; gives its results where it allocated them itself, or what puts them into the outputs' shape."""
 Launcher = Callable[[Outputs], Launch]
 """Takes outputs; what it returns launches into them as often as it is called."""
 Route = Callable[[Scene, Candidate], Launcher]
@@ -130,35 +136,61 @@ def torch_route(scene: Scene, candidate: Candidate) -> Launcher:
 
 
 def cudnn(scene: Scene, candidate: Candidate) -> Launcher:
-    """`F.scaled_dot_product_attention` by cuDNN on strided views of the branch, a call for each offset."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    problem = scene.problem
-    segment, rate = problem.segment(0), problem.branches[0][1]
-    views = [_views(scene, offset, segment, rate) for offset in sorted(set(scene.offsets.rows[0]) - {-1})]
-    grouped = problem.heads != problem.kv_heads
-
-    def run() -> None:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            for q, k, v in views:
-                torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=problem.causal, scale=scene.scale, enable_gqa=grouped
-                )
-
-    return lambda outputs: run
+    """cuDNN on strided views of the branch."""
+    return strided_sdpa(scene, SDPBackend.CUDNN_ATTENTION)
 
 
-def _views(scene: Scene, offset: int, segment: int, rate: int) -> tuple[Tensor, ...]:
-    """q, k and v of the heads of one offset as (B·segments, heads, rows, D), without a copy."""
+def strided_sdpa(scene: Scene, backend: SDPBackend) -> Launcher:
+    """`F.scaled_dot_product_attention` on strided views of the branch, a call for each offset.
+
+    A backward gives all gradients at once. Its forward runs here, and the results are put in their places after the
+    launch: neither is timed.
+    """
+    problem, offsets = scene.problem, sorted(set(scene.offsets.rows[0]))
+    views = [[_rows(scene, x, offset) for x in (scene.q, scene.k, scene.v)] for offset in offsets]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = problem.heads != problem.kv_heads
+        return scaled_dot_product_attention(q, k, v, is_causal=problem.causal, scale=scene.scale, enable_gqa=grouped)
+
+    def whole(like: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        found = torch.zeros_like(like)
+        for offset, part in zip(offsets, parts, strict=True):
+            _rows(scene, found, offset).copy_(part)
+        return found
+
+    def forward() -> Callable[[], Outputs]:
+        with sdpa_kernel(backend):
+            outs = [attend(*view) for view in views]
+        return lambda: {"out": whole(scene.q, outs)}
+
+    if scene.op == "fwd":
+        return lambda outputs: forward
+    leaves = [[x.detach().requires_grad_() for x in view] for view in views]
+    with sdpa_kernel(backend):
+        outs = [attend(*leaf) for leaf in leaves]
+    douts = [_rows(scene, scene.dout, offset) for offset in offsets]
+
+    def backward() -> Callable[[], Outputs]:
+        found = [
+            torch.autograd.grad(out, leaf, dout, retain_graph=True)
+            for out, leaf, dout in zip(outs, leaves, douts, strict=True)
+        ]
+        dq, dk, dv = zip(*found, strict=True)
+        return lambda: {"dq": whole(scene.q, dq), "dk": whole(scene.k, dk), "dv": whole(scene.v, dv)}
+
+    return lambda outputs: backward
+
+
+def _rows(scene: Scene, x: Tensor, offset: int) -> Tensor:
+    """The kept rows of the heads of one offset as (B·segments, heads, rows, D): a view of x."""
+    segment, rate = scene.problem.segment(0), scene.problem.branches[0][1]
     heads = [head for head, own in enumerate(scene.offsets.rows[0]) if own == offset]
     step = heads[1] - heads[0] if len(heads) > 1 else 1
-    found = []
-    for x in (scene.q, scene.k, scene.v):
-        group = scene.q.shape[2] // x.shape[2]
-        own = slice(heads[0] // group, heads[-1] // group + 1, max(step // group, 1))
-        cut = x[:, :, own].view(x.shape[0], -1, segment, *x[:, :, own].shape[2:])[:, :, offset::rate]
-        found.append(cut.flatten(0, 1).transpose(1, 2))
-    return tuple(found)
+    group = scene.q.shape[2] // x.shape[2]
+    own = x[:, :, heads[0] // group : heads[-1] // group + 1 : max(step // group, 1)]
+    cut = own.view(len(own), -1, segment, *own.shape[2:])
+    return cut[:, :, offset::rate].flatten(0, 1).transpose(1, 2)
 
 
 ROUTES: Mapping[str, Route] = {KERNEL: kernel, TORCH: torch_route, CUDNN: cudnn}

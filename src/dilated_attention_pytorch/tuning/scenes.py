@@ -84,14 +84,29 @@ def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.d
         delta=torch.empty(0),
         before={},
         expected={},
+        alone={},
+        rounded={},
     )
-    found = _reference(inputs) if exact else _wide(inputs)
+    found = _formula(inputs, torch.float64) if exact else _wide(inputs)
     inputs.out, inputs.lse = found["out"].to(q.dtype), found["lse"].float()
     inputs.delta = (dout.double() * found["out"].double()).sum(-1).transpose(1, 2).float().contiguous()
-    inputs.expected = {name: found[name] for name in OUTPUTS[op]}
+    inputs.alone = found
     if merge:
-        _merged(inputs, generator)
+        inputs.before = _earlier(inputs, generator)
+    inputs.expected = _mixed(inputs, found)
     return inputs
+
+
+def rounded(inputs: Scene, *, alone: bool) -> Outputs:
+    """What must come out but for lse, with the rounding of the problem's own dtype in every step of the branch.
+
+    Args:
+        inputs: The scene; it keeps the result.
+        alone: Before anything is merged.
+    """
+    if not inputs.rounded:
+        inputs.rounded = _formula(inputs, inputs.q.dtype) | {"lse": inputs.alone["lse"]}
+    return inputs.rounded if alone else _mixed(inputs, inputs.rounded)
 
 
 def _index(problem: Problem, where: torch.device, generator: torch.Generator | None) -> Tensor | None:
@@ -123,10 +138,10 @@ def _offsets(problem: Problem, where: torch.device) -> HeadOffsets:
     return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=where))
 
 
-def _reference(inputs: Scene) -> Outputs:
-    """out, lse and gradients in float64."""
+def _formula(inputs: Scene, dtype: torch.dtype) -> Outputs:
+    """out, lse and gradients by the oracle in a dtype."""
     problem, dropout = inputs.problem, inputs.dropout
-    q, k, v = (x.double().requires_grad_(inputs.op != "fwd") for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (x.to(dtype, copy=True).requires_grad_(inputs.op != "fwd") for x in (inputs.q, inputs.k, inputs.v))
     out, lse = reference.dilated_attention(
         q,
         k,
@@ -139,11 +154,12 @@ def _reference(inputs: Scene) -> Outputs:
         key_padding_mask=inputs.mask,
         padding=problem.padding,
         dropout_mask=None if dropout is None else lambda branch: dropout.multipliers(problem, branch),
+        dtype=dtype,
     )
     found = {"out": out.detach(), "lse": lse.detach()}
     if inputs.op != "fwd":
-        objective = (out * inputs.dout.double()).sum() + 0.0 * (q.sum() + k.sum() + v.sum())
-        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(objective, (q, k, v)), strict=True))
+        gradients = torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype), materialize_grads=True)
+        found |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     return found
 
 
@@ -161,26 +177,31 @@ def _wide(inputs: Scene) -> Outputs:
     return found
 
 
-def _merged(inputs: Scene, generator: torch.Generator) -> None:
-    """Fill the outputs with an earlier branch's results, of the size of this one's, and expect both together."""
-    expected, dtype = inputs.expected, inputs.q.dtype
+def _earlier(inputs: Scene, generator: torch.Generator) -> Outputs:
+    """An earlier branch's results, of the size of this one's."""
 
     def like(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return (noise * x.float().square().mean().sqrt()).to(dtype)
+        return (noise * x.float().square().mean().sqrt()).to(inputs.q.dtype)
 
     if inputs.op != "fwd":
-        inputs.before = {name: like(x) for name, x in expected.items()}
-        inputs.expected = {name: x + inputs.before[name].to(x.dtype) for name, x in expected.items()}
-        return
-    out, lse = expected["out"], expected["lse"]
+        return {name: like(inputs.alone[name]) for name in OUTPUTS[inputs.op]}
+    lse = inputs.alone["lse"]
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    earlier = torch.randn(lse.shape, generator=generator, device=lse.device) + finite.float().mean()
-    inputs.before = {"out": like(out), "lse": earlier}
-    both = torch.logaddexp(lse, earlier.to(lse.dtype))
+    noise = torch.randn(lse.shape, generator=generator, device=lse.device)
+    return {"out": like(inputs.alone["out"]), "lse": noise + finite.float().mean()}
+
+
+def _mixed(inputs: Scene, found: Outputs) -> Outputs:
+    """What a launch must write: a branch's results, merged into an earlier one's if there is one."""
+    if not inputs.merge:
+        return {name: found[name] for name in OUTPUTS[inputs.op]}
+    if inputs.op != "fwd":
+        return {name: found[name] + inputs.before[name].to(found[name].dtype) for name in OUTPUTS[inputs.op]}
+    out, lse = found["out"], found["lse"]
+    both = torch.logaddexp(lse, inputs.before["lse"].to(lse.dtype))
     weight = torch.exp(lse - both).transpose(1, 2).unsqueeze(3)
-    mixed = weight * out + (1.0 - weight) * inputs.before["out"].to(out.dtype)
-    inputs.expected = {"out": mixed, "lse": both}
+    return {"out": weight * out + (1.0 - weight) * inputs.before["out"].to(out.dtype), "lse": both}
 
 
 def fresh(inputs: Scene, guard: int) -> tuple[Outputs, list[tuple[str, Tensor]]]:

@@ -78,7 +78,7 @@ def search(
     Args:
         candidates: The untuned default first, then by promise.
         incumbent: What the database has.
-        rivals: External routes: timed in the finals, and never the winner.
+        rivals: External routes: checked, timed after the finals, and never the winner.
         finalists: Of those that raced, the default and the incumbent apart.
         neighbours: What lies around a candidate.
         hurry: Time is over: no further candidate is begun, those that were raced go to the finals.
@@ -172,7 +172,9 @@ def _finals(
     rows = yield Request("finals", tuple(finalists))
     # Apart from them: who is ten times slower would leave them few rounds.
     for rival in rivals:
-        rows = rows + (yield Request("finals", (rival,)))
+        [checked] = yield Request("check", (rival,))
+        if checked.status == "ok":
+            rows = rows + (yield Request("finals", (rival,)))
     return rows
 
 

@@ -149,14 +149,20 @@ def neighbours(task: Task, device: Device, candidate: Candidate) -> list[Candida
 
 
 def rivals(task: Task, device: Device) -> list[Candidate]:
-    """External routes that could run in a kernel's place: what the user would have written. Timed, never recorded."""
-    if task.op != "fwd":
-        return []  # both compute all three gradients at once
+    """External routes that could run in a kernel's place: what the user would have written. Timed, never recorded.
+
+    Their backward gives all gradients at once. It is timed beside the launch that writes dK and dV, and judged beside
+    all launches that it stands for.
+    """
     problem = task.problem
     dense = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
     whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
-    cudnn = dense and whole and problem.padding == "none" and problem.dtype in ("bf16", "fp16")
+    together = problem.heads == problem.kv_heads or problem.branches[0][1] == 1  # heads of a group keep the same steps
+    views = together and problem.head_offset != "table" and problem.padding == "none"
+    cudnn = dense and whole and views and problem.dtype in ("bf16", "fp16")
     supported = device.arch.startswith("sm_") and int(device.arch[3:]) >= 80
+    if task.op != "fwd":
+        return [Candidate(CUDNN, (("gradients", "all"),))] if task.op == "dkdv" and cudnn and supported else []
     return [
         *([Candidate(TORCH)] if task.flops < RIVAL_FLOPS else []),
         *([Candidate(CUDNN)] if cudnn and supported else []),

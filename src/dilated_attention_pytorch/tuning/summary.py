@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
+from ..config import OPS, ProblemKey
 from .folding import is_noisy
-from .journal import Journal
+from .journal import Journal, Measurement, Pick
+from .ledger import title
 from .problems import Task
+from .scenes import OUTPUTS
 from .search import candidate_of
+from .space import KERNEL
 
 
 def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | None) -> dict[str, Any]:
@@ -24,9 +31,10 @@ def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | Non
         root: The database that it was folded into.
     """
     wanted = {task.key for task in tasks}
-    picks = [pick for pick in journal.picks if pick.key in wanted]
-    gains = [pick.default_us / pick.median_us for pick in picks if pick.default_us]
-    failures = Counter(row.status for row in journal.measurements if row.status not in ("ok", "screened"))
+    picks = {pick.key: pick for pick in journal.picks if pick.key in wanted}
+    gains = [pick.default_us / pick.median_us for pick in picks.values() if pick.default_us]
+    failed = [row for row in journal.measurements if row.status not in ("ok", "screened")]
+    failures = Counter(row.status for row in failed if not _is_rival(row, picks))
     return {
         "journal": str(path),
         "database": None if root is None else str(root),
@@ -34,29 +42,46 @@ def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | Non
         "tuned": len(picks),
         "seconds": round(sum(end.seconds for end in journal.ends), 1),
         "finished": bool(journal.ends and journal.ends[-1].finished),
-        "gain": {"mean": math.exp(sum(map(math.log, gains)) / len(gains)), "worst": min(gains)} if gains else None,
+        "gain": {"mean": geometric_mean(gains), "worst": min(gains)} if gains else None,
         "failures": dict(sorted(failures.items())),
-        "noisy": [candidate_of(pick).name for pick in picks if is_noisy(pick, journal)],
-        "beaten_by_rivals": _beaten(journal, wanted),
+        "noisy": [candidate_of(pick).name for pick in picks.values() if is_noisy(pick, journal)],
+        "rivals": _rivals(journal, picks),
+        "rivals_failed": dict(Counter(f"{row.route} {row.status}" for row in failed if _is_rival(row, picks))),
     }
 
 
-def _beaten(journal: Journal, wanted: set[Any]) -> list[dict[str, Any]]:
-    """External routes that were faster than the pick."""
-    medians = {pick.key: (pick.route, pick.median_us) for pick in journal.picks}
-    return [
-        {
-            "op": row.key.op,
-            "branches": row.key.branches,
-            "route": row.route,
-            "median_us": row.median_us,
-            "pick_us": ours,
-        }
-        for row in journal.measurements
-        if row.stage == "finals" and row.key in wanted and row.key in medians and row.median_us is not None
-        for route, ours in [medians[row.key]]
-        if row.route != route and row.median_us < ours
-    ]
+BACKWARDS = [
+    ops
+    for count in range(1, len(OPS) + 1)
+    for ops in itertools.combinations(OPS, count)
+    if sorted(name for op in ops for name in OUTPUTS[op]) == ["dk", "dq", "dv"]
+]
+"""Launches that together write every gradient once."""
+
+
+def _rivals(journal: Journal, picks: Mapping[ProblemKey, Pick]) -> list[dict[str, Any]]:
+    """Each external route beside the launches that do its work: one forward, or a whole backward without its delta."""
+    found = []
+    for row in journal.measurements:
+        if row.stage == "finals" and row.median_us is not None and _is_rival(row, picks):
+            ways = [(row.key.op,)] if row.key.op == "fwd" else BACKWARDS
+            times = {"+".join(ops): _together(row.key, ops, picks) for ops in ways}
+            ops, ours = min(times.items(), key=lambda way: way[1])
+            if ours < math.inf:
+                words = {"problem": title(replace(row.key, op=ops)), "route": row.route}
+                found.append({**words, "median_us": row.median_us, "ours_us": ours})
+    return found
+
+
+def _is_rival(row: Measurement, picks: Mapping[ProblemKey, Pick]) -> bool:
+    """It is of another route than what could be picked."""
+    return row.route != (picks[row.key].route if row.key in picks else KERNEL)
+
+
+def _together(key: ProblemKey, ops: Iterable[str], picks: Mapping[ProblemKey, Pick]) -> float:
+    """Microseconds of the picks of some launches of a problem; infinite where one has none."""
+    keys = [replace(key, op=op) for op in ops]
+    return math.fsum(picks[key].median_us if key in picks else math.inf for key in keys)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -72,11 +97,18 @@ def text(found: dict[str, Any]) -> str:
             f"{len(found['noisy'])} not recorded, their times spread too wide: is another process loading the GPU? "
             "Tune again"
         )
-    lines += [
-        f"{row['route']} is faster for {row['op']} {list(map(list, row['branches']))}: {row['median_us']:.1f} us, "
-        f"ours {row['pick_us']:.1f} us"
-        for row in found["beaten_by_rivals"]
-    ]
+    for route in sorted({row["route"] for row in found["rivals"]}):
+        rows = [row for row in found["rivals"] if row["route"] == route]
+        slower = geometric_mean(row["median_us"] / row["ours_us"] for row in rows)
+        lines.append(f"{route} takes {slower:.2f} times as long as the picks (geometric mean of {len(rows)})")
+        lines += [
+            f"{route} is faster for {row['problem']}: {row['median_us']:.1f} us, ours {row['ours_us']:.1f} us"
+            for row in rows
+            if row["median_us"] < row["ours_us"]
+        ]
+    if found["rivals_failed"]:
+        told = ", ".join(f"{n} {kind}" for kind, n in found["rivals_failed"].items())
+        lines.append(f"external routes that failed, and were not timed: {told}")
     lines.append(f"database {found['database']}" if found["database"] else "no database was written")
     lines.append(f"journal  {found['journal']}")
     return "\n".join(lines + ([] if found["finished"] else ["not finished: the same command with --resume goes on"]))

@@ -81,11 +81,12 @@ class Race:
 
     @property
     def near(self) -> tuple[Measurement, ...]:
-        """Candidates other than the pick that are as good."""
+        """Candidates other than the pick that are as good; an external route is none."""
         if self.pick is None:
             return ()
-        bound = NEAR * self.pick.median_us
-        return tuple(row for row in self.timed if row is not self.winner and time_of(row) <= bound)
+        bound, route = NEAR * self.pick.median_us, self.pick.route
+        rows = (row for row in self.timed if row is not self.winner and row.route == route)
+        return tuple(row for row in rows if time_of(row) <= bound)
 
     @cached_property
     def winner(self) -> Measurement | None:
