@@ -30,7 +30,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if config != heuristics.FLOOR[-1]:
             raise OutOfResources("out of resource: shared memory, Required: 300000, Hardware limit: 232448.")
 
-    monkeypatch.setattr(launch, "_launch", fails)
+    monkeypatch.setattr(launch, "run_kernel", fails)
     monkeypatch.setattr(launch, "prepared", lambda choice, values: choice)
     monkeypatch.setattr(launch, "_STEPPED_DOWN", {})
     return names
@@ -65,6 +65,6 @@ def test_other_errors_are_not_swallowed(tried: list[str], monkeypatch: pytest.Mo
     def broken(prepared: Choice, config: Any) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(launch, "_launch", broken)
+    monkeypatch.setattr(launch, "run_kernel", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         launch._run(PROBLEM, choice(), {})

@@ -138,7 +138,7 @@ def dilated_attention(
     else:
         q, k, v = unit_stride(q, k, v)
         given = chosen, call.scale, call.index, call.mask, call.offsets, dropout
-        out, lse = HilbertAttentionFunction.apply(q, k, v, *given)  # type: ignore[no-untyped-call]
+        out, lse = HilbertAttentionFunction.apply(q, k, v, *given)
     return (out, lse) if return_lse else out
 
 

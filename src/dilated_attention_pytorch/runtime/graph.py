@@ -97,7 +97,7 @@ def _recorded(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     dropout = None if seed is None else Dropout(words["dropout_p"], seed)
     sides = words.pop("scale"), permutation, mask, head_offsets, dropout
     given = Deferred(tuple(words.items())), *sides
-    out, lse = HilbertAttentionFunction.apply(q, k, v, *given)  # type: ignore[no-untyped-call]
+    out, lse = HilbertAttentionFunction.apply(q, k, v, *given)
     return out, lse
 
 

@@ -7,7 +7,7 @@ kept, and later branches merge into what they find.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from torch import Tensor
 from .. import generated
 from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
 from ..heuristics import has_tensor_cores_for_float32
+from . import replay
 from .arguments import HeadOffsets
 from .dropout import Dropout
+from .replay import Launch
 
 if TYPE_CHECKING:
     from .plan import BranchPlan, Choice, Plan
@@ -59,12 +61,17 @@ def forward(
     lse = allocate((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
     if out.numel() == 0:
         return out, lse
-    shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v)
-    shared.update(p_out=out, p_lse=lse)
-    with _on(q):
+    tensors = {"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse} | _sides(index, mask, dropout)
+
+    def launches() -> Iterator[Launch]:
+        shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v)
+        shared.update(p_out=out, p_lse=lse)
         for place, branch in enumerate(plan.branches):
-            values = branch_values(plan.problem, branch, place, offsets, shared)
-            _run(plan.problem, branch.fwd, values)
+            yield _run(plan.problem, branch.fwd, branch_values(plan.problem, branch, place, offsets, shared))
+
+    with _on(q):
+        key = _kind(plan, scale, index, mask, offsets, dropout, q, k, v)
+        replay.run(key, (plan, offsets.table), tensors, launches)
     return out, lse
 
 
@@ -106,32 +113,59 @@ def backward(
         dv.zero_()
     if dq.numel() == 0:
         return dq, dk, dv
-    shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     delta = allocate(lse.shape, lse.dtype, lse.device)
-    shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
+    tensors = {"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_dout": dout, "p_dlse": dlse}
+    tensors |= {"p_delta": delta, "p_dq": dq, "p_dk": dk, "p_dv": dv} | _sides(index, mask, dropout)
     detached = plan.problem.mix_grad == "detached"
-    with _on(q):
+    if detached:
+        tensors |= {
+            "branch_out": allocate(out.shape, out.dtype, out.device),
+            "branch_lse": allocate(lse.shape, lse.dtype, lse.device),
+        }
+
+    def launches() -> Iterator[Launch]:
+        shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
+        shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
         if not detached:
-            _launch(prepared_delta(shared, dlse), DELTA)
+            yield run_kernel(prepared_delta(shared, dlse), DELTA)
         for place, branch in enumerate(plan.branches):
             values = branch_values(plan.problem, branch, place, offsets, shared)
             if detached:
-                _launch_branch_delta(plan.problem, branch, values)
+                # The weights that mix the branches are constants: delta is the branch's own, and so is its output.
+                alone = {"p_out": tensors["branch_out"], "p_lse": tensors["branch_lse"], "MERGE": False}
+                yield _run(plan.problem, branch.fwd, {**values, **alone})
+                yield run_kernel(prepared_delta({**values, "p_out": tensors["branch_out"]}, None), DELTA)
             for choice in (branch.dkdv, branch.dq):
-                _run(plan.problem, choice, values)
+                yield _run(plan.problem, choice, values)
+
+    with _on(q):
+        gradients = dout.stride(), None if dlse is None else dlse.stride()
+        key = (_kind(plan, scale, index, mask, offsets, dropout, q, k, v), *gradients)
+        replay.run(key, (plan, offsets.table), tensors, launches)
     return dq, dk, dv
 
 
-def _launch_branch_delta(problem: Problem, branch: BranchPlan, values: Mapping[str, Any]) -> None:
-    """delta of one branch, where the weights that mix the branches are constants: its own output takes out's place."""
-    out, lse = values["p_out"], values["p_lse"]
-    alone = {
-        "p_out": allocate(out.shape, out.dtype, out.device),
-        "p_lse": allocate(lse.shape, lse.dtype, lse.device),
-        "MERGE": False,
-    }
-    _run(problem, branch.fwd, {**values, **alone})
-    _launch(prepared_delta({**values, "p_out": alone["p_out"]}, None), DELTA)
+def _sides(index: Tensor | None, mask: Tensor | None, dropout: Dropout | None) -> dict[str, Tensor | None]:
+    return {"p_index": index, "p_mask": mask, "p_seed": None if dropout is None else dropout.seed}
+
+
+def _kind(
+    plan: Plan,
+    scale: float,
+    index: Tensor | None,
+    mask: Tensor | None,
+    offsets: HeadOffsets,
+    dropout: Dropout | None,
+    *strided: Tensor,
+) -> tuple[Hashable, ...]:
+    """All that the launches of a plan depend on besides addresses; the plan has the sizes but for a range's rows."""
+    first = strided[0]
+    return (
+        *(id(plan), id(offsets.table), first.get_device(), first.shape[1], scale, index is None),
+        None if mask is None else mask.stride(),
+        None if dropout is None else dropout.p,
+        *[tensor.stride() for tensor in strided],
+    )
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,7 +175,9 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _arch(plan: Plan) -> str:
@@ -257,14 +293,14 @@ _STEPPED_DOWN: dict[Choice, Choice] = {}
 """Choices that ran out of resources in this process, and what runs instead. Equal devices come to the same."""
 
 
-def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> None:
+def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> Launch:
     """Launch a choice. One that takes more than this GPU has, against what its rung foretold, steps down for good.
 
     A configuration that the caller asked for is not replaced: its failure is the answer.
     """
     choice = _STEPPED_DOWN.get(choice, choice) if _STEPPED_DOWN else choice
     try:
-        _launch(prepared(choice, values), choice.config)
+        return run_kernel(prepared(choice, values), choice.config)
     except Exception as error:
         if type(error).__name__ != "OutOfResources" or choice.rung in ("config", "floor"):
             raise
@@ -277,12 +313,13 @@ def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> None:
             "`dilated-attention db check` examines the entry, `dilated-attention tune` measures a new one",
             stacklevel=2,
         )
-        _run(problem, smaller, values)
+        return _run(problem, smaller, values)
 
 
-def _launch(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) -> None:
+def run_kernel(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) -> Launch:
+    """Launch what `prepared` or `prepared_delta` made ready, through Triton's own function, which compiles it first."""
     kernel, arguments, programs = prepared
-    kernel[(programs,)](*arguments.values(), **compile_options(config))
+    return Launch(kernel[(programs,)](*arguments.values(), **compile_options(config)), arguments, programs)
 
 
 def prepared_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> tuple[Any, dict[str, Any], int]:

@@ -18,7 +18,7 @@ from ..device import Device
 from ..runtime import torch_backend
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
-from ..runtime.launch import branch_values, compile_options, prepared, shared_values
+from ..runtime.launch import branch_values, prepared, run_kernel, shared_values
 from ..runtime.plan import Plan
 from .problems import planned
 from .space import CUDNN, KERNEL, TORCH, Candidate
@@ -100,11 +100,10 @@ def kernel(scene: Scene, candidate: Candidate) -> Launcher:
     def launcher(outputs: Outputs) -> Launch:
         given = {**shared, **{f"p_{name}": tensor for name, tensor in outputs.items()}}
         values = branch_values(scene.problem, branch, int(scene.merge), scene.offsets, given)
-        function, arguments, programs = prepared(choice, values)
-        options = compile_options(choice.config)
+        ready = prepared(choice, values)
 
         def launch() -> None:
-            function[(programs,)](*arguments.values(), **options)  # on a GPU it returns the compiled kernel
+            run_kernel(ready, choice.config)
 
         return launch
 

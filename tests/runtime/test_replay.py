@@ -1,0 +1,235 @@
+"""Launches that are made again without Triton's front, beside Triton's own: a GPU that only keeps what it is told."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import device
+from dilated_attention_pytorch.config import OPS, Problem
+from dilated_attention_pytorch.heuristics import FLOOR
+from dilated_attention_pytorch.runtime import launch, replay
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.dropout import Dropout
+from dilated_attention_pytorch.runtime.options import Options
+from dilated_attention_pytorch.runtime.plan import Plan, plan
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+SIDED = Problem(*("bf16", 2, 50, 2, 1, 16, ((32, 3),)), order="hilbert", mask=True, dropout=True, head_offset="table")
+DETACHED = replace(SIDED, branches=((16, 1), (32, 3)), mix_grad="detached")
+LAUNCHES = {1: 4, 2: 10}
+"""Of forward and backward, by the number of branches above."""
+MADE: list[tuple[Any, ...]] = []
+"""Function, programs, stream and arguments of every launch, tensors by their addresses."""
+
+
+class Launcher:
+    """Triton's launcher, without the launch."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        """As Triton makes it."""
+
+    def __call__(
+        self,
+        gridX: int,
+        gridY: int,
+        gridZ: int,
+        stream: int,
+        function: int,
+        kernel_metadata: Any,
+        launch_metadata: Any,
+        launch_enter_hook: Any,
+        launch_exit_hook: Any,
+        *args: Any,
+    ) -> None:
+        """Told as in the C code that it stands for."""
+        if launch_enter_hook is not None:
+            launch_enter_hook(launch_metadata)
+        arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in args]
+        MADE.append((function, gridX, gridY, gridZ, stream, kernel_metadata, *arguments))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Triton with an H100 in this machine: what it was told to launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    handles = iter(range(1, 1000))
+    gpu = SimpleNamespace(
+        launcher_cls=Launcher,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 42,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            load_binary=lambda *_: (object(), next(handles), 32, 0, 1024),
+            unload_module=lambda module: None,
+        ),
+    )
+    monkeypatch.setattr(driver, "_active", gpu)
+    monkeypatch.setattr(replay, "_KNOWN", {})
+    MADE.clear()
+    return MADE
+
+
+def rows(b: int, n: int, h: int, d: int, apart: int = 256) -> Tensor:
+    """(B, N, H, D), with strides that Triton's specialisation does not tell from those of others `apart`."""
+    return torch.empty(b, n, h, apart, dtype=torch.bfloat16)[..., :d]
+
+
+class Call:
+    """Tensors of a call, and what they are launched with."""
+
+    def __init__(self, problem: Problem, **more: Any) -> None:
+        """`more` takes the place of what is made here."""
+        b, n, h, g, d = problem.batch, problem.length, problem.heads, problem.kv_heads, problem.head_dim
+        self.q, self.k, self.v, self.dout = (rows(b, n, x, d) for x in (h, g, g, h))
+        self.dlse = None if problem.mix_grad == "detached" else torch.empty(b, h, n)
+        self.sides: dict[str, Any] = {
+            "scale": 0.25,
+            "index": torch.empty(n, dtype=torch.int32) if problem.order != "none" else None,
+            "mask": torch.empty(b, n, dtype=torch.bool) if problem.mask else None,
+            "offsets": HeadOffsets((), TABLE if problem.head_offset == "table" else None),
+            "dropout": Dropout(0.1, torch.empty(1, dtype=torch.int64)) if problem.dropout else None,
+        }
+        for name, value in more.items():
+            if name in self.sides:
+                self.sides[name] = value
+            else:
+                setattr(self, name, value)
+        sizes = [(b, n, h, d), (b, h, n), (b, n, h, d), (b, n, g, d), (b, n, g, d), (b, h, n), (b, n, h, d), (b, h, n)]
+        self.outputs = [torch.empty(size) for size in sizes]
+
+    def __call__(self, chosen: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+        """Forward and backward, into the same memory every time: the launches."""
+        outputs = iter(self.outputs)
+        begun = len(MADE)
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "allocate", lambda *_: next(outputs))
+            out, lse = launch.forward(chosen, self.q, self.k, self.v, **self.sides)
+            launch.backward(chosen, self.q, self.k, self.v, out, lse, self.dout, self.dlse, **self.sides)
+        return MADE[begun:]
+
+
+TABLE = torch.empty(2, 2, dtype=torch.int32)
+
+
+def planned(problem: Problem) -> Plan:
+    """With the smallest tiles, which compile in the least time."""
+    return plan(problem, device.simulated("h100"), "triton", Options((*((op, FLOOR[-1]) for op in OPS),)))
+
+
+def by_triton(call: Call, chosen: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The launches of a call that nothing came before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_KNOWN", {})
+        return call(chosen, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "problem", [pytest.param(SIDED, id="exact", marks=pytest.mark.toolchain), pytest.param(DETACHED, id="detached")]
+)
+@pytest.mark.usefixtures("made")
+def test_a_second_call_tells_what_triton_would(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of the first call in the second; arguments out of order; Python work that was done before."""
+    chosen, first, second = planned(problem), Call(problem), Call(problem)
+    told = first(chosen, monkeypatch)
+    assert len(told) == LAUNCHES[len(problem.branches)]
+    with monkeypatch.context() as patch:
+        for name in ("shared_values", "branch_values", "prepared", "prepared_delta", "run_kernel"):
+            patch.delattr(launch, name)
+        again, other = first(chosen, monkeypatch), second(chosen, monkeypatch)
+    assert again == told != other == by_triton(second, chosen, monkeypatch)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same sizes and strides, two bytes behind a multiple of 16."""
+    return torch.empty(tensor.untyped_storage().nbytes(), dtype=tensor.dtype)[1:].as_strided(
+        tensor.shape, tensor.stride()
+    )
+
+
+@pytest.mark.usefixtures("made")
+def test_other_kinds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides, numbers or a kernel for aligned pointers, kept from a call that only looks the same."""
+    chosen, base = planned(SIDED), Call(SIDED)
+    base(chosen, monkeypatch)
+    table, mask = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, 64, dtype=torch.bool)[:, :50]
+    others = [
+        *({name: rows(*getattr(base, name).shape, apart=512)} for name in ("q", "k", "v", "dout")),
+        {"dlse": torch.empty(2, 50, 32).transpose(1, 2)[:, :2]},
+        {"q": misaligned(base.q)},
+        {"scale": 0.5},
+        {"mask": mask},
+        {"dropout": replace(base.sides["dropout"], p=0.2)},
+        {"offsets": HeadOffsets((), table)},
+    ]
+    for more in others:
+        other = Call(SIDED, **more)
+        expected = by_triton(other, chosen, monkeypatch)
+        assert [other(chosen, monkeypatch), other(chosen, monkeypatch)] == [expected] * 2, more
+
+
+@pytest.mark.usefixtures("made")
+def test_profilers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of Proton's without the launches that were made again, or without their flops."""
+    from triton import knobs
+
+    chosen, call, told = planned(SIDED), Call(SIDED), []
+    call(chosen, monkeypatch)
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: told.append(metadata.get()))
+    assert len(call(chosen, monkeypatch)) == len(told) == 4
+    assert told[0]["name"].startswith("general_hilbert_fwd_") and told[0]["flops"] > 0
+
+
+def test_threads_share_what_is_kept(made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread's addresses in another's launch."""
+    chosen, calls = planned(SIDED), [Call(SIDED) for _ in range(8)]
+    expected = [call(chosen, monkeypatch)[0] for call in calls]
+    made.clear()
+
+    def often(call: Call) -> None:
+        for _ in range(50):
+            launch.forward(chosen, call.q, call.k, call.v, **call.sides)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(often, calls))
+    inputs = sorted(told[6:9] for told in made)
+    assert inputs == sorted([told[6:9] for told in expected] * 50)
+
+
+@pytest.mark.usefixtures("made")
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that grows with every length of a corpus."""
+    monkeypatch.setattr(replay, "KEPT", 3)
+    chosen = planned(SIDED)
+    for scale in range(1, 9):
+        Call(SIDED, scale=float(scale))(chosen, monkeypatch)
+        assert len(replay._KNOWN) <= 3
+
+
+def test_an_unknown_triton_launches_for_itself() -> None:
+    """A launcher that takes its arguments in another order, given ours; AMD's, whose kernels tell sizes apart."""
+
+    class Another:
+        def __call__(self, grid: tuple[int, ...], stream: int, *args: Any) -> None:
+            """As some other version might."""
+
+    def compiled(launcher: object, backend: str) -> SimpleNamespace:
+        return SimpleNamespace(run=launcher, metadata=SimpleNamespace(target=SimpleNamespace(backend=backend)))
+
+    ours = Launcher(None, None)
+    assert replay._is_known(compiled(ours, "cuda"))
+    assert not any(map(replay._is_known, (compiled(Another(), "cuda"), compiled(ours, "hip"), None)))
