@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -15,9 +16,9 @@ from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.device import INTERPRETER, Device
 from dilated_attention_pytorch.tuning import machine, space
 from dilated_attention_pytorch.tuning.journal import Journal
-from dilated_attention_pytorch.tuning.measure import GUARD, Answer, Checked, CheckJob, Job, Timed
+from dilated_attention_pytorch.tuning.measure import GUARD, Answer, Checked, CheckJob, Job, Timed, bench
 from dilated_attention_pytorch.tuning.problems import Task, of_calls
-from dilated_attention_pytorch.tuning.routes import Launch, Launcher, Outputs, Scene
+from dilated_attention_pytorch.tuning.routes import Launch, Launcher, Outputs, Route, Scene
 from dilated_attention_pytorch.tuning.space import Candidate as Candidate
 from dilated_attention_pytorch.tuning.tune import Progress, Settings, tune
 
@@ -127,6 +128,13 @@ def settings(folder: Path, faults: Mapping[str, str] = {}, **changes: object) ->
 def run(what: Sequence[Task], how: Settings, device: Device = DEVICE, progress: Progress | None = None) -> Journal:
     """Tune."""
     return tune(what, device, machine.run_row(device, "test"), how, progress=progress)
+
+
+def with_torch(where: str, device: Device, routes: Mapping[str, Route]) -> Callable[[Job], Answer]:
+    """The measuring process's own, which may be forked: threads of torch do not survive that."""
+    torch.set_num_threads(1)
+    faulthandler.disable()  # pytest's would tell of crashes that are meant to happen
+    return bench(where, device, routes)
 
 
 def without_torch(where: str, device: Device, routes: Mapping[str, object]) -> Callable[[Job], Answer]:

@@ -210,6 +210,10 @@ def test_work_is_counted_by_weight() -> None:
         ([RUN, problem(), End(600.0, False)], "out of budget after 10 min 0 s"),
         ([RUN, problem(), End(9.0, False), RUN, problem()], "resumed 1× · unfinished"),
         ([RUN, problem(), RUN, problem(), End(9.0, True)], "resumed 1× · finished in 9.0 s"),
+        ([RUN, problem(), RUN, problem(), End(9.0, False)], "resumed 1× · out of budget after 9.0 s"),
+        ([RUN, problem(), End(9.0, False), RUN, End(8.0, False), RUN], "resumed 2× · unfinished"),
+        ([RUN, problem(), End(9.0, True), RUN], "resumed 1× · finished in 9.0 s"),
+        ([RUN, problem(), End(9.0, True), RUN, problem()], "resumed 1× · unfinished"),
     ],
 )
 def test_how_a_run_ended(found: list[Row], said: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dilated_attention_pytorch.tuning import progress, summary
-from dilated_attention_pytorch.tuning.journal import End, Journal, Measurement, Pick
+from dilated_attention_pytorch.tuning.journal import End, Journal, Measurement, Pick, Row
 from dilated_attention_pytorch.tuning.problems import Task
 
 from .standin import tasks
@@ -29,6 +29,13 @@ def pick(task: Task, median: float, default: float | None = None) -> Pick:
 
 def final(task: Task, route: str, median: float) -> Measurement:
     return Measurement(task.key, {}, route, None, "finals", "ok", median, median, median)
+
+
+def of(*rows: Row) -> Journal:
+    journal = Journal()
+    for row in rows:
+        journal.add(row)
+    return journal
 
 
 def told(journal: Journal) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def test_gain_and_state_are_told_of_what_was_asked() -> None:
     fwd, dq = TASKS["fwd"], TASKS["dq"]
     other = replace(fwd, key=replace(fwd.key, head_dim=128))
     picks = [pick(fwd, 100.0, 200.0), pick(dq, 100.0, 50.0), pick(other, 1.0, 9.0)]
-    found = told(Journal(picks=picks, ends=[End(2.5, finished=False), End(4.0, finished=False)]))
+    found = told(of(*picks, End(2.5, finished=True), final(other, "kernel", 1.0), End(4.0, finished=False)))
     assert found["gain"] == {"mean": pytest.approx(1.0), "worst": 0.5}
     assert (found["tuned"], found["problems"], found["seconds"]) == (2, 3, 6.5)
     text = summary.text(found)

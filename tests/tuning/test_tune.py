@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +47,10 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, st
     (task, *_) = tasks()
     names = [candidate.name for candidate in candidates(task)]
     faults = dict(zip(names[1:], FAULTS, strict=False))
-    found = standin.run([task], settings(folder, faults, limit=len(FAULTS) + 3, candidate_s=4.0))
+    how = settings(folder, faults, limit=len(FAULTS) + 3, candidate_s=2.0, measurer=standin.with_torch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "START_METHOD", "fork")  # four of the faults cost a new process
+        found = standin.run([task], how)
     return task, faults, found, folder
 
 
@@ -165,6 +170,41 @@ def test_a_read_only_database_is_told_before_the_work(quick: Settings, monkeypat
     with pytest.raises(DatabaseError, match="cannot be written to"):
         standin.run(tasks(), quick)
     assert not quick.journal.exists()
+
+
+def test_a_file_system_without_writes_is_told_before_the_work(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where it is mounted so: not even root may write, and nothing in the folder's modes tells."""
+    assert quick.root is not None
+    quick.root.mkdir()
+    opened = os.open
+
+    def refuse(path: str, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_ACCMODE and Path(path).is_relative_to(quick.root):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DatabaseError, match="cannot be written to: Read-only file system"):
+        standin.run(tasks(), quick)
+    assert not quick.journal.exists()
+
+
+def test_a_database_that_turns_read_only_loses_no_pick(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is mounted anew for reading alone, after an error: the winners of an hour are nowhere."""
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(DatabaseError, match="cannot be written to: Read-only file system"):
+            standin.run(tasks(), quick)
+    assert quick.root is not None and not list(quick.root.rglob("*.yaml"))
+    (early,) = journal.read(quick.journal).picks
+    found = standin.run(tasks(), quick)
+    assert found.picks[0] == early and found.ends[-1].finished
+    saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
+    assert {entry.key for entry in saved} == {pick.key for pick in found.picks}
 
 
 def vanishing(where: str, device: Device, routes: object) -> object:

@@ -174,13 +174,18 @@ _NAMES = {cls: kind for kind, cls in _KINDS.items()}
 
 @dataclass
 class Journal:
-    """The rows of a journal by kind, each in the order of writing."""
+    """The rows of a journal by kind, each in the order of writing.
+
+    Attributes:
+        end: How the last start ended; None where it was killed or still runs.
+    """
 
     runs: list[Run] = field(default_factory=list)
     problems: list[ProblemRow] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     picks: list[Pick] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
+    end: End | None = field(default=None, init=False)
 
     def add(self, row: Row) -> None:
         """Put a row with its kind."""
@@ -192,6 +197,10 @@ class Journal:
             End: self.ends,
         }
         shelves[type(row)].append(row)
+        if isinstance(row, End):
+            self.end = row
+        elif isinstance(row, ProblemRow) or (isinstance(row, Run) and self.end and not self.end.finished):
+            self.end = None  # who resumes what was finished, and begins nothing, leaves it finished
 
 
 def runs_dir() -> Path:

@@ -29,6 +29,9 @@ STARTS = 3
 LIMIT_S = 60.0
 """Seconds a compilation may take: one in a hundred of them takes minutes."""
 
+LEAST_BYTES = 4 << 30
+"""Memory that a compiling process may take however small its share of the machine's is."""
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -65,6 +68,7 @@ def compiler(device: Device) -> Callable[[Compilation], Resources]:
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(5)  # who measures goes first
+        limit_memory(max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // cores(), LEAST_BYTES))
     texts = generated.names()
 
     def compile_one(job: Compilation) -> Resources:
@@ -73,6 +77,13 @@ def compiler(device: Device) -> Callable[[Compilation], Resources]:
         return Resources(found.shared_bytes, found.registers or 0, found.spills or 0)
 
     return compile_one
+
+
+def limit_memory(size: int) -> None:
+    """End what this process and those it starts do beyond so many bytes, before it takes the memory of all others."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 class Pool:

@@ -41,7 +41,7 @@ def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | Non
         "problems": len(tasks),
         "tuned": len(picks),
         "seconds": round(sum(end.seconds for end in journal.ends), 1),
-        "finished": bool(journal.ends and journal.ends[-1].finished),
+        "finished": journal.end is not None and journal.end.finished,
         "gain": {"mean": geometric_mean(gains), "worst": min(gains)} if gains else None,
         "failures": dict(sorted(failures.items())),
         "noisy": [candidate_of(pick).name for pick in picks.values() if is_noisy(pick, journal)],

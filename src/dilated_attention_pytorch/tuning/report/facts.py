@@ -182,10 +182,7 @@ def summarise(journal: Journal) -> Report:
         _race(number, problem, picks.get(key), rows[key], roof)
         for number, (key, problem) in enumerate(problems.items(), start=1)
     )
-    # A run that was resumed may have ended before: that end counts where every start has one, or nothing is left to do.
-    ends = journal.ends
-    ended = ends[-1] if ends and (ends[-1].finished or len(ends) >= len(journal.runs)) else None
-    return Report(run, len(journal.runs), ended, races, roof)
+    return Report(run, len(journal.runs), journal.end, races, roof)
 
 
 def _race(number: int, problem: ProblemRow, pick: Pick | None, rows: Iterable[Measurement], roof: Roof) -> Race:
