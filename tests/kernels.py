@@ -35,9 +35,10 @@ def poisoned_outputs() -> Iterator[None]:
     """Outputs full of NaN between guard bands of NaN; fails if a band was written to."""
     bands: list[tuple[Tensor, int]] = []
 
-    def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        dtype, shape = (like.dtype, like.shape) if shape is None else (torch.float32, shape)
         size = torch.Size(shape).numel()
-        memory = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
+        memory = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=like.device)
         bands.append((memory, size))
         return memory[GUARD : GUARD + size].view(shape)
 

@@ -133,7 +133,18 @@ _AUTOCASTING = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp
 
 def autocasts(device: torch.device) -> bool:
     """`torch.autocast` is on for this device, and there is one for it."""
-    return device.type in _AUTOCASTING and torch.is_autocast_enabled(device.type)
+    any_does = torch._C._is_any_autocast_enabled()
+    return any_does and device.type in _AUTOCASTING and torch.is_autocast_enabled(device.type)
+
+
+def cast_like_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As `scaled_dot_product_attention` under autocast: to the lower precision."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not autocasts(first.device):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    casts = [isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts, strict=True))
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

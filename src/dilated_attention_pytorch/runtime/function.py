@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import UnsupportedError
 from .arguments import HeadOffsets, autocasts
@@ -40,9 +41,14 @@ class HilbertAttentionFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *given: Any) -> Any:
-        """As `Function.apply`, which reads the signature of `forward` at every call: 25 µs for defaults not there."""
+        """As `Function.apply`, which reads the signature of `forward` at every call: 25 µs for defaults not there.
+
+        Nor is a call recorded that has nothing to record.
+        """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*given)  # type: ignore[no-untyped-call]
+        if forward_ad._current_level < 0 and not is_recorded(*given[:3]):
+            return cls.forward(*given)
         return super(torch.autograd.Function, cls).apply(*given)  # type: ignore[misc]
 
     @staticmethod
@@ -82,7 +88,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
         sides = {"scale": ctx.scale, "index": index, "mask": mask, "offsets": ctx.offsets, "dropout": ctx.dropout}
-        with torch.no_grad(), no_autocast(q.device):
+        with _unrecorded(), no_autocast(q.device):
             gradients = backend_of(ctx.plan).backward(ctx.plan, q, k, v, out, lse, dout, dlse, **sides)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _DifferentiatedOnce.apply(*gradients, q, k, v, dout, dlse)  # type: ignore[no-untyped-call]
@@ -107,6 +113,16 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise UnsupportedError(
             'dilated attention has no second derivative; backend="reference" computes it for small sizes'
         )
+
+
+def is_recorded(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """A backward may follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _unrecorded() -> AbstractContextManager[Any]:
+    """`torch.no_grad()` where gradients are recorded, which in a backward they seldom are."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

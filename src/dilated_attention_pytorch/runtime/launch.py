@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,11 @@ if TYPE_CHECKING:
 
 DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
 """The delta kernel reads two tensors once: any size does."""
+
+SIDES = ("p_index", "p_mask", "p_seed")
+FORWARD = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
+BACKWARD = (*FORWARD, "p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv", "a branch's out", "a branch's lse")
+"""What the kernels call the tensors of a call."""
 
 
 def forward(
@@ -57,11 +61,10 @@ def forward(
     Returns:
         out like q but contiguous, lse (B, H, rows of q) in float32.
     """
-    out = allocate(q.shape, q.dtype, q.device)
-    lse = allocate((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
+    batch, rows, heads, _ = shape = q.shape
+    out, lse = allocate(q), allocate(q, (batch, heads, rows))
     if out.numel() == 0:
         return out, lse
-    tensors = {"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse} | _sides(index, mask, dropout)
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v)
@@ -69,9 +72,9 @@ def forward(
         for place, branch in enumerate(plan.branches):
             yield _run(plan.problem, branch.fwd, branch_values(plan.problem, branch, place, offsets, shared))
 
-    with _on(q):
-        key = _kind(plan, scale, index, mask, offsets, dropout, q, k, v)
-        replay.run(key, (plan, offsets.table), tensors, launches)
+    sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
+    key = (kind, shape, q.stride(), k.stride(), v.stride())
+    replay.run(key, (plan, offsets.table), FORWARD, (q, k, v, out, lse, *sides), launches)
     return out, lse
 
 
@@ -106,22 +109,15 @@ def backward(
     Returns:
         dq, dk, dv, contiguous.
     """
-    dq, dk, dv = (allocate(tensor.shape, tensor.dtype, tensor.device) for tensor in (q, k, v))
+    dq, dk, dv, delta = allocate(q), allocate(k), allocate(v), allocate(lse)
     if dq.numel() == 0 or plan.problem.query_range is not None:
         # No launch comes to the segments that no query asks.
         dk.zero_()
         dv.zero_()
     if dq.numel() == 0:
         return dq, dk, dv
-    delta = allocate(lse.shape, lse.dtype, lse.device)
-    tensors = {"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_dout": dout, "p_dlse": dlse}
-    tensors |= {"p_delta": delta, "p_dq": dq, "p_dk": dk, "p_dv": dv} | _sides(index, mask, dropout)
     detached = plan.problem.mix_grad == "detached"
-    if detached:
-        tensors |= {
-            "branch_out": allocate(out.shape, out.dtype, out.device),
-            "branch_lse": allocate(lse.shape, lse.dtype, lse.device),
-        }
+    branch_out, branch_lse = (allocate(out), allocate(lse)) if detached else (None, None)
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
@@ -132,52 +128,50 @@ def backward(
             values = branch_values(plan.problem, branch, place, offsets, shared)
             if detached:
                 # The weights that mix the branches are constants: delta is the branch's own, and so is its output.
-                alone = {"p_out": tensors["branch_out"], "p_lse": tensors["branch_lse"], "MERGE": False}
+                alone = {"p_out": branch_out, "p_lse": branch_lse, "MERGE": False}
                 yield _run(plan.problem, branch.fwd, {**values, **alone})
-                yield run_kernel(prepared_delta({**values, "p_out": tensors["branch_out"]}, None), DELTA)
+                yield run_kernel(prepared_delta({**values, "p_out": branch_out}, None), DELTA)
             for choice in (branch.dkdv, branch.dq):
                 yield _run(plan.problem, choice, values)
 
-    with _on(q):
-        gradients = dout.stride(), None if dlse is None else dlse.stride()
-        key = (_kind(plan, scale, index, mask, offsets, dropout, q, k, v), *gradients)
-        replay.run(key, (plan, offsets.table), tensors, launches)
+    sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
+    strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
+    tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, branch_out, branch_lse)
+    replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARD, tensors, launches)
     return dq, dk, dv
 
 
-def _sides(index: Tensor | None, mask: Tensor | None, dropout: Dropout | None) -> dict[str, Tensor | None]:
-    return {"p_index": index, "p_mask": mask, "p_seed": None if dropout is None else dropout.seed}
-
-
-def _kind(
+def _sides(
     plan: Plan,
+    device: int,
     scale: float,
     index: Tensor | None,
     mask: Tensor | None,
     offsets: HeadOffsets,
     dropout: Dropout | None,
-    *strided: Tensor,
-) -> tuple[Hashable, ...]:
-    """All that the launches of a plan depend on besides addresses; the plan has the sizes but for a range's rows."""
-    first = strided[0]
-    return (
-        *(id(plan), id(offsets.table), first.get_device(), first.shape[1], scale, index is None),
-        None if mask is None else mask.stride(),
-        None if dropout is None else dropout.p,
-        *[tensor.stride() for tensor in strided],
-    )
+) -> tuple[tuple[Tensor | None, ...], Hashable]:
+    """The tensors `SIDES`, and what launches depend on besides all addresses and what the strided tensors say."""
+    strides, p, seed = None, None, None
+    if mask is not None:
+        strides = mask.stride()
+    if dropout is not None:
+        p, seed = dropout.p, dropout.seed
+    return (index, mask, seed), (id(plan), id(offsets.table), device, scale, index is None, strides, p)
 
 
-def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that the kernels owe every element of; nothing initialises it. Tests put poison in its place."""
-    return torch.empty(shape, dtype=dtype, device=device)
+def allocate(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Memory that the kernels owe every element of; nothing initialises it. Tests put poison in its place.
 
+    Args:
+        like: What has its dtype and device, and its shape if none is given.
+        shape: Of float32 numbers.
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
+    Returns:
+        Contiguous.
+    """
+    if shape is None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _arch(plan: Plan) -> str:
@@ -278,6 +272,8 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     """The kernel of a choice, its arguments by name in order, and the number of programs."""
     config = choice.config
     kernel = getattr(generated.load(choice.variant.name), choice.op)
+    if choice.wider:
+        return _prepared_chain(kernel, choice, values)
     heads, rows, tile = values["H"], values["query_rows"], config.block_m
     if choice.op == "dkdv":
         heads, rows, tile = values["G"], values["key_rows"], config.block_n
@@ -287,6 +283,44 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     given = {**values, "n_tiles": n_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     programs = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
     return kernel, _in_order(kernel, given), programs
+
+
+def _prepared_chain(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
+    config, levels = choice.config, choice.variant.levels
+    stride = levels[-1][1]
+    span, rows = levels[-1][0] // stride, cdiv(values["N"], stride)
+    heads, tile = (values["G"], config.block_n) if choice.op == "dkdv" else (values["H"], config.block_m)
+    n_tiles, n_spans = cdiv(min(span, rows), tile), cdiv(rows, span)
+    blocks = {"p_q": config.block_m, "p_k": config.block_n, "p_v": config.block_n, "p_dout": config.block_m}
+    tensors = {name: values[name] for name in blocks if name in kernel.arg_names}
+    described = config.loads == "descriptor" and all(_is_describable(x, values, stride) for x in tensors.values())
+    given = {
+        **values,
+        "n_tiles": n_tiles,
+        "n_spans": n_spans,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TMA": described,
+    }
+    if described:
+        given |= {name: _descriptor(x, stride, blocks[name]) for name, x in tensors.items()}
+    return kernel, _in_order(kernel, given), values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
+
+
+def _is_describable(x: Tensor, values: Mapping[str, Any], stride: int) -> bool:
+    """Rows of `stride` steps of (B, N, heads, D) are those of a matrix that the hardware can be told of."""
+    one_matrix = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    aligned = x.data_ptr() % 16 == 0 and stride * x.stride(1) * x.element_size() % 16 == 0 and x.stride(1) > 0
+    unpadded = values["HEAD_DIM"] == values["BLOCK_D"] and x.stride(3) == 1
+    return one_matrix and aligned and unpadded and x.shape[1] % stride == 0
+
+
+def _descriptor(x: Tensor, stride: int, block: int) -> Any:
+    """Tiles of `block` rows, each one head of every `stride`-th step: a step's heads lie side by side."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    row = stride * x.stride(1)
+    return TensorDescriptor(x, [x.shape[0] * x.shape[1] // stride, row], [row, 1], [block, x.shape[3]])
 
 
 _STEPPED_DOWN: dict[Choice, Choice] = {}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 KEPT = 1024
@@ -42,7 +44,8 @@ class Launch(NamedTuple):
 def run(
     key: Hashable,
     owners: tuple[object, ...],
-    tensors: Mapping[str, Tensor | None],
+    names: tuple[str, ...],
+    tensors: tuple[Tensor | None, ...],
     first: Callable[[], Iterable[Launch]],
 ) -> None:
     """Make the launches of a call: as the call of this kind before it did, else by `first`.
@@ -50,20 +53,32 @@ def run(
     Args:
         key: All that the launches depend on besides the addresses of `tensors`; `owners` by their identity.
         owners: Kept alive with the launches. They own the tensors among the arguments that are not of `tensors`.
-        tensors: By the names of the kernels' arguments; all on one device, which is the current one.
-        first: Makes the launches through Triton and tells of each.
+        names: What the kernels call each of `tensors`.
+        tensors: All on one device, the first of them not None.
+        first: Makes the launches through Triton, on the current device, and tells of each.
     """
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     aligned = reduce(or_, addresses) % ALIGNMENT == 0
     known = _KNOWN.get(key) if aligned else None
     if known is not None and not known.hooked():
         known.replay(addresses)
         return
-    launches = tuple(first())
-    if aligned and known is None and (recording := _recorded(owners, launches, tensors)):
-        if len(_KNOWN) >= KEPT:
-            _KNOWN.clear()
-        _KNOWN[key] = recording
+    with _on(tensors[0]):
+        launches = tuple(first())
+        if (
+            aligned
+            and known is None
+            and (recording := _recorded(owners, launches, dict(zip(names, addresses, strict=True))))
+        ):
+            if len(_KNOWN) >= KEPT:
+                _KNOWN.clear()
+            _KNOWN[key] = recording
+
+
+def _on(tensor: Tensor | None) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    assert tensor is not None
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -77,12 +92,14 @@ class Recording:
             are no tensors of the call, and what picks all arguments from the call's addresses followed by those.
         driver: Triton's.
         knobs: Triton's.
+        device: Number of the device.
     """
 
     kept: tuple[object, ...]
     launches: tuple[tuple[Any, int, Any, Any, list[Any], Callable[[list[Any]], tuple[Any, ...]]], ...]
     driver: Any
     knobs: Any
+    device: int
 
     def hooked(self) -> bool:
         """A profiler wants to be told of launches, with what Triton's function knows of each."""
@@ -90,15 +107,19 @@ class Recording:
         return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
     def replay(self, addresses: list[int]) -> None:
-        """Launch on the current stream of the current device."""
+        """Launch on the device's current stream."""
         active = self.driver.active
-        stream = active.get_current_stream(active.get_current_device())
+        if active.get_current_device() != self.device:
+            with torch.cuda.device(self.device):
+                self.replay(addresses)
+            return
+        stream = active.get_current_stream(self.device)
         for launcher, programs, function, metadata, constants, pick in self.launches:
             launcher(programs, 1, 1, stream, function, metadata, None, None, None, *pick(addresses + constants))
 
 
 def _recorded(
-    owners: tuple[object, ...], launches: tuple[Launch, ...], tensors: Mapping[str, Tensor | None]
+    owners: tuple[object, ...], launches: tuple[Launch, ...], addresses: Mapping[str, int]
 ) -> Recording | None:
     """The launches to make again; None where Triton is not as known here, or its interpreter runs."""
     if not launches or not all(_is_known(launch.compiled) for launch in launches):
@@ -111,24 +132,27 @@ def _recorded(
         constants: list[Any] = []
         places = []
         for name, value in arguments.items():
-            place = _place(name, value, tensors) if isinstance(value, Tensor) else None
+            place = None
+            if not isinstance(value, (Tensor, int, float, str, type(None))):
+                return None  # a tensor descriptor holds an address of its own
+            if isinstance(value, Tensor):
+                value = value.data_ptr()
+                place = _place(name, value, addresses)
             if place is None:
-                place = len(tensors) + len(constants)
-                constants.append(value.data_ptr() if isinstance(value, Tensor) else value)
+                place = len(addresses) + len(constants)
+                constants.append(value)
             places.append(place)
         handles = compiled.run, programs, compiled.function, compiled.packed_metadata
         made.append((*handles, constants, itemgetter(*places)))
-    return Recording((owners, launches), tuple(made), driver, knobs)
+    return Recording((owners, launches), tuple(made), driver, knobs, driver.active.get_current_device())
 
 
-def _place(name: str, argument: Tensor, tensors: Mapping[str, Tensor | None]) -> int | None:
-    """Which of the tensors an argument is: the one of its name, unless another took its place."""
-    address, names = argument.data_ptr(), list(tensors)
-    for candidate in (name, *names):
-        tensor = tensors.get(candidate)
-        if tensor is not None and tensor.data_ptr() == address:
-            return names.index(candidate)
-    return None
+def _place(name: str, address: int, addresses: Mapping[str, int]) -> int | None:
+    """Which of the call's tensors an argument is: the one of its name, unless another took its place."""
+    names = list(addresses)
+    if addresses.get(name) == address:
+        return names.index(name)
+    return next((place for place, other in enumerate(names) if addresses[other] == address), None)
 
 
 def _is_known(compiled: Any) -> bool:
