@@ -15,9 +15,9 @@ SRC = ROOT / "src"
 PACKAGE = "dilated_attention_pytorch"
 FLOORS = (
     {"errors", "variant", "config", "precision", "source_hash", "device", "workloads", "_layout", "_strict_yaml"},
-    {"order", "_curves", "_plot", "reference", "database", "heuristics", "generated"},
+    {"call_config", "order", "_curves", "_plot", "reference", "database", "heuristics", "generated"},
     {"runtime"},
-    {"tuning", "kernels", "modules", "utils", "compat"},
+    {"tuning", "kernels", "distributed", "modules", "utils", "compat"},
     {"", "cli", "commands", "doctor"},
 )
 """Parts of the package from the lowest floor up; a folder stands for all its files, "" for the package's `__init__`."""

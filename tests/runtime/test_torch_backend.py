@@ -92,10 +92,19 @@ def test_one_call_that_holds_everything(options: dict[str, Any]) -> None:
     [RAGGED, dataclasses.replace(RAGGED, N=80), EVERYTHING, dataclasses.replace(EVERYTHING, N=80)],
     ids=lambda case: case.id,
 )
-def test_cutting_into_small_calls_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pack", [False, True], ids=["view", "pack"])
+def test_cutting_into_small_calls_changes_nothing(case: Case, pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches pieces that overlap, leave a segment out, or chunks of queries under the wrong mask."""
-    monkeypatch.setattr(torch_backend, "_budget", lambda *_, **__: torch_calls.Budget(pairs=0, copied=1, viewed=1))
+    monkeypatch.setattr(torch_backend, "Budget", lambda *_: torch_calls.Budget(pairs=0, elements=1, pack=pack))
     monkeypatch.setattr(torch_attention, "SCORES", 1)
+    compare(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("head_offset", ["cyclic", "blocked"])
+@pytest.mark.parametrize("options", [{}, {"mask": True, "causal": True}, {"dropout": 0.2}, {"dtype": "bf16"}])
+def test_sparse_branches_before_the_whole_one(head_offset: str, options: dict[str, Any]) -> None:
+    """Catches a result that waits for out and is lost, taken twice, or blended into other rows than its own."""
+    case = Case(N=48, branches=((24, 3), (48, 6), (16, 1), (12, 4)), B=2, H=6, D=8, head_offset=head_offset, **options)
     compare(case, make_inputs(case))
 
 

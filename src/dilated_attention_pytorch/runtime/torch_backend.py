@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..call_config import CallConfig
 from ..config import GRID_CAP, Problem
 from .arguments import unit_stride
 from .dropout import key_bits
 from .torch_attention import Drops, Visibility, attend, attend_backward, upcast
-from .torch_calls import Budget, Bundle, Call, calls
+from .torch_calls import Budget, Bundle, Call, calls, is_whole
 
 if TYPE_CHECKING:
     from .arguments import HeadOffsets
@@ -56,21 +58,29 @@ def forward(
     """
     problem = plan.problem
     q, k, v = unit_stride(q, k, v)
-    out = None
+    branches = _Branches(plan, "fwd", q, index, offsets, dropout)
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
-    for place, (branch_calls, dropped) in enumerate(
-        _branches(problem, offsets, index, dropout, _budget(q, pairs=1, share=8))
-    ):
-        for call in branch_calls:
+    first, ahead, behind = branches.sequence()
+    waiting = [
+        (call.queries, *_attend(call, problem, q, k, v, scale, mask, drops))
+        for branch in ahead
+        for call, drops in branches.calls(branch, alone=True)
+    ]
+    out = None
+    for branch in (first, *behind):
+        for call, drops in branches.calls(branch):
+            rows, row_lse = _attend(call, problem, q, k, v, scale, mask, drops)
             if out is None and call.is_whole:
-                rows, row_lse = _attend(call, problem, q, k, v, scale, mask, dropped)
                 out = _as_tensor(rows, q)
                 call.queries.write(lse.transpose(1, 2), row_lse)
-                del rows, row_lse
-                continue
-            out = q.new_zeros(q.shape) if out is None else out
-            merge = _store if place == 0 else _blend
-            merge(call.queries, out, lse, *_attend(call, problem, q, k, v, scale, mask, dropped))
+            else:
+                out = q.new_zeros(q.shape) if out is None else out
+                merge = _store if branch == first else _blend
+                merge(out, lse, call.queries, rows, row_lse)
+            del rows, row_lse  # before the next call makes its own
+        while waiting:
+            assert out is not None, "who waits, waits for the first branch"
+            _blend(out, lse, *waiting.pop())
     return q.new_zeros(q.shape) if out is None else out, lse
 
 
@@ -108,24 +118,25 @@ def backward(
     keyless = lse == -torch.inf
     by_row = lse.masked_fill(keyless, torch.inf).transpose(1, 2)  # exp(S - inf) = 0
     dlse_by_row = None if dlse is None else dlse.masked_fill(keyless, 0.0).transpose(1, 2)
-    for branch_calls, dropped in _branches(problem, offsets, index, dropout, _budget(q, pairs=2, share=8)):
-        for call in branch_calls:
+    branches = _Branches(plan, "dkdv", q, index, offsets, dropout)
+    for branch in branches.by_share:
+        for call, drops in branches.calls(branch):
             if not call.has_keys:
                 continue
             if problem.mix_grad == "detached":
-                branch_out, _ = _attend(call, problem, q, k, v, scale, mask, dropped)
+                branch_out, _ = _attend(call, problem, q, k, v, scale, mask, drops)
             else:
                 branch_out = call.queries.read(out)
             gradients = attend_backward(
-                call.queries.pack(q),
-                call.keys.pack(k),
-                call.keys.pack(v),
+                call.operand(call.queries, q),
+                call.operand(call.keys, k),
+                call.operand(call.keys, v),
                 branch_out,
                 call.queries.read(by_row),
                 call.queries.read(dout),
                 None if dlse_by_row is None else call.queries.read(dlse_by_row),
                 scale,
-                _visibility(call, problem, mask, dropped, q.device),
+                _visibility(call, problem, mask, drops, q.device),
             )
             if call.is_whole and not totals:
                 totals = [_as_tensor(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True)]
@@ -139,13 +150,13 @@ def backward(
     return dq, dk, dv
 
 
-def _store(queries: Bundle, out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor) -> None:
+def _store(out: Tensor, lse: Tensor, queries: Bundle, rows: Tensor, row_lse: Tensor) -> None:
     """The first branch's result."""
     queries.write(out, rows)
     queries.write(lse.transpose(1, 2), row_lse)
 
 
-def _blend(queries: Bundle, out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor) -> None:
+def _blend(out: Tensor, lse: Tensor, queries: Bundle, rows: Tensor, row_lse: Tensor) -> None:
     """Mix a branch's result into what the branches before it gave, in place."""
     by_row = lse.transpose(1, 2)
     before = queries.read(by_row)
@@ -163,13 +174,13 @@ def _attend(
     v: Tensor,
     scale: float,
     mask: Tensor | None,
-    dropped: Drops | None,
+    drops: Drops | None,
 ) -> tuple[Tensor, Tensor]:
     """out (B·C, heads, L, D) and lse (B·C, heads, L) of one call, phantom keys and masked queries included."""
-    queries = call.queries.pack(q)
+    queries = call.operand(call.queries, q)
     if call.has_keys:
-        see = _visibility(call, problem, mask, dropped, q.device)
-        out, lse = attend(queries, call.keys.pack(k), call.keys.pack(v), scale, see)
+        see = _visibility(call, problem, mask, drops, q.device)
+        out, lse = attend(queries, call.operand(call.keys, k), call.operand(call.keys, v), scale, see)
     else:
         out = torch.zeros_like(upcast(queries))
         lse = torch.full_like(out[..., 0], -torch.inf)
@@ -188,7 +199,7 @@ def _as_tensor(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _visibility(
-    call: Call, problem: Problem, mask: Tensor | None, dropped: Drops | None, device: torch.device
+    call: Call, problem: Problem, mask: Tensor | None, of_branch: Drops | None, device: torch.device
 ) -> Visibility:
     keys = None if mask is None else call.keys.read(_by_head(mask, problem.kv_heads))
     tokens = drops = None
@@ -198,9 +209,9 @@ def _visibility(
             call.queries.read(_by_head(numbers, problem.heads)),
             call.keys.read(_by_head(numbers, problem.kv_heads)),
         )
-    if dropped is not None:
-        first, second = (call.queries.read(bits) for bits in dropped.queries)
-        drops = Drops(dropped.dropout, (first, second), call.keys.read(dropped.keys))
+    if of_branch is not None:
+        first, second = (call.queries.read(bits) for bits in of_branch.queries)
+        drops = Drops(of_branch.dropout, (first, second), call.keys.read(of_branch.keys))
     return Visibility(call.causal, tokens, keys, drops)
 
 
@@ -209,28 +220,55 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, heads)
 
 
-def _budget(q: Tensor, *, pairs: int, share: int) -> Budget:
-    """Calls of so many pairs a thread at least, and of one in `share` of q where their operands are copied, else two.
+class _Branches:
+    """The branches of a plan, as calls."""
 
-    Torch's forward kernel also divides the rows of a pair among threads, the backward does not.
-    """
-    pairs = pairs * torch.get_num_threads() if q.device.type == "cpu" else GRID_CAP
-    return Budget(pairs, q.numel() // share, 2 * q.numel() // share)
-
-
-def _branches(
-    problem: Problem, offsets: HeadOffsets, index: Tensor | None, dropout: Dropout | None, budget: Budget
-) -> Iterator[tuple[Iterator[Call], Drops | None]]:
-    """The calls of each branch, the branch that keeps most first: it is stored, the others are blended in."""
-    tokens = None if index is None else index.long()
-    if dropout is not None:
-        keys = _by_head(key_bits(problem.length, dropout.seed.device).expand(problem.batch, -1), problem.kv_heads)
-
-    def share(branch: int) -> float:
-        return sum(offset >= 0 for offset in offsets.rows[branch]) / problem.branches[branch][1]
-
-    for branch in sorted(range(len(problem.branches)), key=share, reverse=True):
-        dropped = None
+    def __init__(
+        self, plan: Plan, op: str, q: Tensor, index: Tensor | None, offsets: HeadOffsets, dropout: Dropout | None
+    ) -> None:
+        self._plan, self._op, self._q, self._offsets, self._dropout = plan, op, q, offsets, dropout
+        self._index = None if index is None else index.long()
+        problem = plan.problem
         if dropout is not None:
-            dropped = Drops(dropout, dropout.row_bits(problem, branch), keys)
-        yield calls(problem, branch, offsets.rows[branch], tokens, budget), dropped
+            bits = key_bits(problem.length, dropout.seed.device)
+            self._keys = _by_head(bits.expand(problem.batch, -1), problem.kv_heads)
+        self._shares = [
+            sum(offset >= 0 for offset in row) / (rate * problem.heads)
+            for row, (_, rate) in zip(offsets.rows, problem.branches, strict=True)
+        ]
+        self.by_share = sorted(range(len(self._shares)), key=lambda branch: -self._shares[branch])
+        """The branch that keeps most first: it is stored, the others are blended in or added."""
+
+    def sequence(self) -> tuple[int, list[int], list[int]]:
+        """The first branch of a forward, those to be computed ahead of it, and those behind it.
+
+        Where the first one's result becomes out, there is no out before it and so room for large calls of the sparsest
+        branches, whose results wait packed: half of q at most.
+        """
+        first, *others = self.by_share
+        problem = self._plan.problem
+        ahead: list[int] = []
+        if problem.queries == "dilated" and is_whole(problem, first, self._offsets.rows[first], self._index):
+            while others and sum(self._shares[branch] for branch in (*ahead, others[-1])) <= 0.5:
+                ahead.append(others.pop())
+        return first, ahead, others
+
+    def calls(self, branch: int, *, alone: bool = False) -> Iterator[tuple[Call, Drops | None]]:
+        """The calls of a branch, with what is dropped of it; `alone` in memory, they may be larger."""
+        plan, q, row = self._plan, self._q, self._offsets.rows[branch]
+        config = CallConfig.untuned(self._op, plan.problem, branch)
+        pairs = config.pairs * torch.get_num_threads() if q.device.type == "cpu" else GRID_CAP
+        pack = config.rows == "pack"
+        budget = Budget(pairs, q.numel() // (config.share * (2 if pack and not alone else 1)), pack)
+        drops = None
+        if self._dropout is not None:
+            drops = Drops(self._dropout, self._dropout.row_bits(plan.problem, branch), self._keys)
+        cut = _kept_calls if self._index is None else calls
+        for call in cut(plan.problem, branch, row, self._index, budget):
+            yield call, drops
+
+
+@lru_cache(maxsize=256)
+def _kept_calls(*arguments: Any) -> tuple[Call, ...]:
+    """Those of `calls` that hold no tensor."""
+    return tuple(calls(*arguments))

@@ -13,10 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..config import DTYPE_BYTES, Problem, cdiv
-
-PAGE = 4096
-"""Rows a multiple of so many bytes apart share few sets of a cache."""
+from ..config import Problem, cdiv
 
 
 @dataclass(frozen=True)
@@ -25,18 +22,19 @@ class Budget:
 
     Attributes:
         pairs: (batch, segment, head) pairs below which the device would idle.
-        copied: Elements that an operand may hold where operands are copied, unless `pairs` asks for more.
-        viewed: The same where they are read in place, and only results take memory.
+        elements: That an operand may hold, unless `pairs` asks for more.
+        pack: Operands are copied, and hold the rows of as many offsets as there is room for.
     """
 
     pairs: int
-    copied: int
-    viewed: int
+    elements: int
+    pack: bool
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of heads with one offset, the same number L from each of several equally long segments.
+    """Rows of heads with one offset, the same number L from each of several equally long segments; or of several runs
+    of such heads, each as far from the one before.
 
     Attributes:
         batch: Batch elements.
@@ -48,6 +46,8 @@ class Rows:
         step: Distance of two rows.
         repeat: How often a single head is presented (grouped key/value heads), else 1.
         tokens: (C, L) tokens to read instead of the strided rows, where there is a token order.
+        runs: Runs of heads, of which `first` and `heads` are the first one's.
+        spread: Rows and heads from one run to the next.
     """
 
     batch: slice
@@ -59,6 +59,8 @@ class Rows:
     step: int
     repeat: int = 1
     tokens: Tensor | None = None
+    runs: int = 1
+    spread: tuple[int, int] = (0, 0)
 
     @property
     def count(self) -> int:
@@ -68,51 +70,55 @@ class Rows:
     @property
     def width(self) -> int:
         """Heads that `read` gives."""
-        return len(range(self.heads.start, self.heads.stop, self.heads.step)) * self.repeat
+        return self.runs * _length(self.heads) * self.repeat
 
     def read(self, x: Tensor) -> Tensor:
-        """(B, N, heads, …) -> (B·C, heads, L, …): a view wherever strides can say it."""
+        """(B, N, heads, …) -> (B·C, heads, L, …): a view of one run wherever strides can say it, else packed."""
         if self.tokens is None:
-            rows = self._view(x).flatten(0, 1)
+            rows = self._view(x).flatten(2, 3).flatten(0, 1)
         else:
             rows = x[self.batch, :, self.heads].index_select(1, self.tokens.flatten())
-            rows = rows.view(-1, self.count, *rows.shape[2:])
-        if self.repeat > 1:
-            rows = rows.expand(-1, -1, self.repeat, *rows.shape[3:])
-        return rows.transpose(1, 2)
+            rows = rows.view(-1, self.count, *rows.shape[2:]).transpose(1, 2)
+        return rows.expand(-1, self.repeat, *rows.shape[2:]) if self.repeat > 1 else rows
 
     def write(self, x: Tensor, rows: Tensor) -> None:
         """Store what `read` would give."""
-        rows = rows.transpose(1, 2)
         if self.tokens is None:
-            self._view(x).copy_(rows.reshape(-1, self.segments, *rows.shape[1:]))
+            self._view(x).copy_(self._split(rows))
         else:
-            rows = rows.reshape(-1, self.segments * self.count, *rows.shape[2:])
-            x[self.batch, :, self.heads].index_copy_(1, self.tokens.flatten(), rows.to(x.dtype))
+            x[self.batch, :, self.heads].index_copy_(1, self.tokens.flatten(), self._listed(rows).to(x.dtype))
 
     def add(self, x: Tensor, rows: Tensor) -> None:
         """Add to what `read` gives; repeats of one head are summed first."""
         if self.repeat > 1:
             rows = rows.sum(dim=1, keepdim=True)
-        rows = rows.transpose(1, 2)
         if self.tokens is None:
-            self._view(x).add_(rows.reshape(-1, self.segments, *rows.shape[1:]))
+            self._view(x).add_(self._split(rows))
         else:
-            rows = rows.reshape(-1, self.segments * self.count, *rows.shape[2:])
-            x[self.batch, :, self.heads].index_add_(1, self.tokens.flatten(), rows.to(x.dtype))
+            x[self.batch, :, self.heads].index_add_(1, self.tokens.flatten(), self._listed(rows).to(x.dtype))
 
     def blend(self, x: Tensor, rows: Tensor, weight: Tensor) -> None:
         """x <- x + weight · (rows - x) in the precision of `rows`, rounded once."""
-        present = self.read(x)
         if self.tokens is None and x.dtype == rows.dtype:
-            present.lerp_(rows, weight)
+            self._view(x).lerp_(self._split(rows), self._split(weight))
         else:
-            self.write(x, present.to(rows.dtype).lerp(rows, weight))
+            self.write(x, self.read(x).to(rows.dtype).lerp(rows, weight))
 
     def _view(self, x: Tensor) -> Tensor:
-        segments = x[self.batch, self.start : self.start + self.segments * self.length, self.heads]
-        segments = segments.view(segments.shape[0], self.segments, self.length, *segments.shape[2:])
-        return segments[:, :, self.first :: self.step]
+        """(B, N, heads, …) -> (B, C, runs, heads, L, …), nothing copied."""
+        b, n, h, *rest = x.stride()
+        size = (_length(self.batch), self.segments, self.runs, _length(self.heads), self.count)
+        strides = (b, self.length * n, self.spread[0] * n + self.spread[1] * h, self.heads.step * h, self.step * n)
+        offset = self.batch.start * b + (self.start + self.first) * n + self.heads.start * h
+        return x.as_strided((*size, *x.shape[3:]), (*strides, *rest), x.storage_offset() + offset)
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """(B·C, heads, L, …) as `_view` has it."""
+        return rows.view(-1, self.segments, self.runs, rows.shape[1] // self.runs, *rows.shape[2:])
+
+    def _listed(self, rows: Tensor) -> Tensor:
+        """(B·C, heads, L, …) -> (B, C·L, heads, …)."""
+        return rows.transpose(1, 2).reshape(-1, self.segments * self.count, rows.shape[1], *rows.shape[3:])
 
 
 @dataclass(frozen=True)
@@ -121,19 +127,24 @@ class Bundle:
 
     parts: tuple[Rows, ...]
 
+    @classmethod
+    def of(cls, parts: Sequence[Rows]) -> Bundle:
+        """Runs that are evenly spread are one part."""
+        first, *others = parts
+        if others and first.tokens is None and first.repeat == 1:
+            rows, heads = others[0].first - first.first, others[0].heads.start - first.heads.start
+            spread = [
+                replace(first, first=first.first + place * rows, heads=_shifted(first.heads, place * heads))
+                for place in range(len(parts))
+            ]
+            if heads >= 0 and spread == list(parts):  # strides are never negative
+                return cls((replace(first, runs=len(parts), spread=(rows, heads)),))
+        return cls(tuple(parts))
+
     def read(self, x: Tensor) -> Tensor:
-        """(B, N, heads, …) -> (B·C, heads, L, …): a view of a single part, else packed."""
+        """(B, N, heads, …) -> (B·C, heads, L, …): a view of a single run, else packed."""
         rows = [part.read(x) for part in self.parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """`read`, copied where the rows lie pages apart.
-
-        Torch's CPU kernels are usually slower on such rows, by 2 to 12 %, than with the copy, and the call is small.
-        """
-        rows = self.read(x)
-        aliased = self.parts[0].step > 1 and rows.stride(2) * rows.element_size() % PAGE == 0
-        return rows.contiguous() if aliased else rows
 
     def write(self, x: Tensor, rows: Tensor) -> None:
         """Store what `read` would give."""
@@ -164,6 +175,7 @@ class Call:
         causal: Query row i sees the key rows j ≤ i.
         by_token: Causal, but rows are not in token order: tokens must be compared.
         phantoms: Keys of score 0 and value 0 that every query sees.
+        packed: A kernel gets copies of the rows.
         is_whole: All rows of all heads take part, as they lie: a kernel's results have the layout of q, k and v.
     """
 
@@ -172,12 +184,18 @@ class Call:
     causal: bool
     by_token: bool
     phantoms: int
+    packed: bool = False
     is_whole: bool = False
 
     @property
     def has_keys(self) -> bool:
         """Not all keys are phantoms."""
         return self.keys.parts[0].count > 0
+
+    def operand(self, side: Bundle, x: Tensor) -> Tensor:
+        """What a kernel gets of x by the rows of one side."""
+        rows = side.read(x)
+        return rows.contiguous() if self.packed else rows
 
 
 def calls(
@@ -195,31 +213,28 @@ def calls(
     length, rate = problem.segment(branch), problem.branches[branch][1]
     whole, tail = divmod(problem.length, length)
     runs = list(head_runs(offsets, problem.heads, problem.kv_heads))
-    if rate == 1 and not tail and index is None and problem.kv_heads == problem.heads == sum(run.heads for run in runs):
+    if is_whole(problem, branch, offsets, index):
         # Nothing is copied and the results are the outputs themselves: such a call needs no workspace.
         (run,) = runs
-        everything = Rows(slice(0, problem.batch), run.queries, 0, whole, length, 0, 1)
+        everything = Rows(slice(0, problem.batch, 1), run.queries, 0, whole, length, 0, 1)
         side = Bundle((everything,))
         yield Call(side, side, problem.causal, False, 0, is_whole=True)
         return
 
-    distance = rate * problem.heads * problem.head_dim * DTYPE_BYTES[problem.dtype]
-    in_place = index is None and problem.dtype in ("fp32", "fp64") and distance % PAGE != 0
-    most = budget.viewed if in_place else budget.copied
     for start, segments, steps in ((0, whole, length), (whole * length, 1, tail)):
         if not segments or not steps:
             continue
         row_size = (steps if problem.queries == "all" else cdiv(steps, rate)) * problem.head_dim
         # Batch elements and segments are one dimension of a view where the segments fill the sequence.
         mergeable = segments == 1 or segments * steps == problem.length
-        for bundle in _bundles(runs, rate, steps, segments, row_size, most, budget):
+        for bundle in _bundles(runs, rate, steps, segments, row_size, budget):
             heads = sum(run.heads for run in bundle)
-            together = max(cdiv(budget.pairs, heads), most // (heads * row_size), 1)
+            together = max(cdiv(budget.pairs, heads), budget.elements // (heads * row_size), 1)
             samples = max(together // segments, 1) if mergeable else 1
             for sample in range(0, problem.batch, samples):
                 for first in range(0, segments, together):
                     piece = Rows(
-                        batch=slice(sample, sample + samples),
+                        batch=slice(sample, min(sample + samples, problem.batch), 1),
                         heads=slice(0, 0, 1),
                         start=start + first * steps,
                         segments=min(together, segments - first),
@@ -227,7 +242,19 @@ def calls(
                         first=0,
                         step=rate,
                     )
-                    yield from _calls_of(problem, piece, bundle, cdiv(length, rate), index)
+                    yield from _calls_of(problem, piece, bundle, cdiv(length, rate), index, budget.pack)
+
+
+def is_whole(problem: Problem, branch: int, offsets: Sequence[int], index: Tensor | None) -> bool:
+    """One call holds all of a branch, and nothing is left out of q, k and v; arguments as of `calls`."""
+    segment, rate = problem.segment(branch), problem.branches[branch][1]
+    return (
+        rate == 1
+        and problem.length % segment == 0
+        and index is None
+        and problem.kv_heads == problem.heads
+        and -1 not in offsets
+    )
 
 
 @dataclass(frozen=True)
@@ -249,7 +276,7 @@ class HeadRun:
     @property
     def heads(self) -> int:
         """Query heads of the run."""
-        return len(range(self.queries.start, self.queries.stop, self.queries.step))
+        return _length(self.queries)
 
     def cut(self, most: int) -> Iterator[HeadRun]:
         """The run in pieces of at most so many heads."""
@@ -283,17 +310,26 @@ def _part(heads: slice, first: int, count: int) -> slice:
     return slice(start, start + (count - 1) * heads.step + 1, heads.step)
 
 
+def _shifted(heads: slice, by: int) -> slice:
+    return slice(heads.start + by, heads.stop + by, heads.step)
+
+
+def _length(part: slice) -> int:
+    return len(range(part.start, part.stop, part.step))
+
+
 def _bundles(
-    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, most: int, budget: Budget
+    runs: Sequence[HeadRun], rate: int, steps: int, segments: int, row_size: int, budget: Budget
 ) -> Iterator[list[HeadRun]]:
-    """Runs that keep equally many rows of a segment: one, or as many as the device needs and may be copied."""
-    heads = max(most // row_size, cdiv(budget.pairs, segments), 1)
+    """Runs that keep equally many rows of a segment: as many as the device needs, or as may be packed."""
+    heads = max(budget.elements // row_size, cdiv(budget.pairs, segments), 1)
     pieces = (piece for run in runs for piece in run.cut(heads))
     for _, alike in groupby(pieces, key=lambda run: len(range(run.offset, steps, rate))):
         bundle: list[HeadRun] = []
         for run in alike:
             pairs = segments * sum(run.heads for run in bundle)
-            if bundle and pairs >= budget.pairs and (pairs + segments * run.heads) * row_size > budget.copied:
+            full = not budget.pack or (pairs + segments * run.heads) * row_size > budget.elements
+            if bundle and pairs >= budget.pairs and full:
                 yield bundle
                 bundle = []
             bundle.append(run)
@@ -301,9 +337,10 @@ def _bundles(
 
 
 def _calls_of(
-    problem: Problem, piece: Rows, bundle: list[HeadRun], padded: int, index: Tensor | None
+    problem: Problem, piece: Rows, bundle: list[HeadRun], padded: int, index: Tensor | None, packed: bool
 ) -> Iterator[Call]:
     """The calls of all queries that meet the kept rows of a piece: its segments, for the heads of a bundle."""
+    packed = packed and index is None  # which gathers
     by_token = problem.causal and problem.queries == "all" and index is not None
     causal = problem.causal and not by_token
     stop = piece.start + piece.segments * piece.length
@@ -327,7 +364,7 @@ def _calls_of(
         for run, key in zip(bundle, keys, strict=True):
             for distance in range(min(piece.step, piece.length - run.offset)):
                 rows = replace(piece, heads=run.queries, first=run.offset + distance)
-                yield Call(Bundle((rows,)), Bundle((key,)), causal, by_token, phantoms)
+                yield Call(Bundle((rows,)), Bundle((key,)), causal, by_token, phantoms, packed)
         return
 
     if problem.queries == "all":
@@ -335,4 +372,4 @@ def _calls_of(
     else:
         asking = [replace(key, heads=run.queries, repeat=1) for run, key in zip(bundle, keys, strict=True)]
     if asking[0].count and (keys[0].count or phantoms):
-        yield Call(Bundle(tuple(asking)), Bundle(tuple(keys)), causal, by_token, phantoms)
+        yield Call(Bundle.of(asking), Bundle.of(keys), causal, by_token, phantoms, packed)
