@@ -4,6 +4,10 @@
 lays tokens along a curve.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .config import LaunchConfig as LaunchConfig
 from .errors import DilatedAttentionError as DilatedAttentionError
 from .modules import DilatedAttention as DilatedAttention
@@ -14,6 +18,9 @@ from .runtime.api import dilated_attention as dilated_attention
 from .runtime.api import explain as explain
 from .runtime.digest import db_digest as db_digest
 from .runtime.options import options as options
+
+if TYPE_CHECKING:
+    from . import distributed as distributed
 
 __version__ = "0.1.0"
 
@@ -26,6 +33,16 @@ __all__ = [
     "create_hilbert_mapping",
     "db_digest",
     "dilated_attention",
+    "distributed",
     "explain",
     "options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`distributed` is imported when it is first asked for."""
+    if name == "distributed":
+        from importlib import import_module
+
+        return import_module(".distributed", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,14 @@ class UnsupportedError(DilatedAttentionError, NotImplementedError):
     """The asked-for backend refuses this problem; the message holds its reason."""
 
 
+class DisagreementError(DilatedAttentionError, ValueError):
+    """The ranks of a group do not make the same call; all of them get the same message."""
+
+
+class LostRankError(DilatedAttentionError, RuntimeError):
+    """A rank waited for others in vain; the message holds what torch.distributed said."""
+
+
 class DatabaseError(DilatedAttentionError, ValueError):
     """A file of the tuning database breaks its schema; the message names file, line and remedy."""
 

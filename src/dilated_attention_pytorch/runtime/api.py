@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..order import TokenOrder
 from . import graph
-from .arguments import Call, autocasts, unit_stride
+from .arguments import Call, cast_like_autocast, unit_stride
 from .decide import decide
 from .dropout import Dropout
 from .function import HilbertAttentionFunction
@@ -115,7 +115,7 @@ def dilated_attention(
         ArgumentError, ArgumentTypeError, OrderError: An argument is wrong; the message says how to mend it.
         UnsupportedError: The backend refuses this problem, with every reason.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_like_autocast(q, k, v)
     words: dict[str, Any] = {
         "backend": backend,
         "queries": queries,
@@ -171,7 +171,7 @@ def explain(
         As `dilated_attention`.
     """
     del return_lse  # the kernels always write it
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_like_autocast(q, k, v)
     return decide(
         q,
         k,
@@ -189,16 +189,6 @@ def explain(
         padding=padding,
         mix_grad=mix_grad,
     )[1]
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As `scaled_dot_product_attention` under autocast: to the lower precision."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not autocasts(first.device):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    casts = [isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
-    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts, strict=True))
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call, dropout: Dropout | None) -> tuple[Tensor, Tensor]:

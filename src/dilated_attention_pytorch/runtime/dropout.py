@@ -62,7 +62,11 @@ class Dropout:
         tokens = torch.arange(problem.length, device=device)[:, None].expand(problem.batch, -1, problem.heads)
         heads = torch.arange(problem.heads, device=device)
         batch = torch.arange(problem.batch, device=device)[:, None, None]
-        return _philox(self.seed, tokens, heads, batch, torch.full((), branch, device=device))
+        return self.bits(tokens, heads, batch, branch)
+
+    def bits(self, tokens: Tensor, heads: Tensor, batch: Tensor, branch: int) -> tuple[Tensor, Tensor]:
+        """Two int32 tensors: the key that each query draws. Numbers of tokens, heads and batch elements broadcast."""
+        return _philox(self.seed, tokens, heads, batch, torch.full((), branch, device=self.seed.device))
 
     def kept(self, first: Tensor, second: Tensor, keys: Tensor) -> Tensor:
         """Pairs that are kept, bool; `first` and `second` of `row_bits` and `key_bits` broadcast against each other."""
@@ -74,7 +78,12 @@ class Dropout:
 
 def key_bits(length: int, device: torch.device) -> Tensor:
     """int32 (N,): each key token with its bits mixed."""
-    bits = torch.arange(length, dtype=torch.int32, device=device)
+    return token_bits(torch.arange(length, device=device))
+
+
+def token_bits(tokens: Tensor) -> Tensor:
+    """int32: the bits of key tokens, mixed."""
+    bits = tokens.to(torch.int32)
     bits = (bits ^ _shifted(bits, 16)) * _word(FIRST)
     bits = (bits ^ _shifted(bits, 13)) * _word(SECOND)
     return bits ^ _shifted(bits, 16)
