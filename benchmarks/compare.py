@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from benchmarks import rows
 from benchmarks.rows import Attend
 from benchmarks.timing import Spread, interleaved, peak_bytes
 from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.order import TokenOrder
 from dilated_attention_pytorch.tuning.screen import DTYPES
 from tests.tolerances import TOLERANCES
 
@@ -29,10 +31,16 @@ class Contender:
     Attributes:
         make: Builds it: compiles, lists rows; not timed.
         mix_grad: The rule of its gradients, "exact" or "detached".
+        problem: What it computes, where that is not quite what was asked.
+        packed: It takes rows that somebody has gathered, (segments, H, rows, D).
+        compiles: Its first call takes seconds, and leaves something on the disk for the next process.
     """
 
     make: Callable[[], Attend]
     mix_grad: str = "exact"
+    problem: Problem | None = None
+    packed: bool = False
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,24 +69,27 @@ def too_large(errors: Mapping[str, float], dtype: str) -> str:
     )
 
 
-def ours(problem: Problem, backend: str) -> Attend:
-    """This package."""
+def ours(problem: Problem, backend: str | None, order: TokenOrder | None = None) -> Attend:
+    """This package.
+
+    Args:
+        problem: What is computed.
+        backend: As in `dilated_attention`.
+        order: The problem's order, where its kind does not tell all of it.
+    """
     lengths, rates = zip(*problem.branches, strict=True)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dap.dilated_attention(
-            q,
-            k,
-            v,
-            lengths,
-            rates,
-            queries=problem.queries,
-            head_offset=problem.head_offset,
-            order=None if problem.order == "none" else problem.order,
-            backend=backend,
-        )
-
-    return attend
+    return partial(
+        dap.dilated_attention,
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        queries=problem.queries,
+        head_offset=problem.head_offset,
+        order=order or (None if problem.order == "none" else problem.order),
+        is_causal=problem.causal,
+        padding=problem.padding,
+        mix_grad=problem.mix_grad,
+        backend=backend,
+    )
 
 
 def random_tensors(problem: Problem, count: int, device: torch.device) -> list[Tensor]:
@@ -110,6 +121,8 @@ def compare(
     Returns:
         By name, a row, or why there is none.
     """
+    # Earlier cases would count against the compiler's limit of recompilations.
+    torch.compiler.reset()
     q, k, v, dout = random_tensors(problem, 4, device)
     tokens = rows.sample(problem, SAMPLED, device)
     true = {
@@ -127,8 +140,8 @@ def compare(
             found[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
         progress(f"checked {name}")
 
-    forward_calls = {name: _forward(attend, q, k, v) for name, attend in attends.items()}
-    both_calls = {name: _both(attend, q, k, v, dout) for name, attend in attends.items()}
+    forward_calls = {name: forward_call(attend, q, k, v) for name, attend in attends.items()}
+    both_calls = {name: both_call(attend, q, k, v, dout) for name, attend in attends.items()}
     forward = interleaved(forward_calls, device, rounds, lambda: progress("timed forward"))
     both = interleaved(both_calls, device, rounds, lambda: progress("timed forward and backward"))
     for name, call in both_calls.items():
@@ -141,7 +154,9 @@ def steps(contenders: Mapping[str, Contender], rounds: int = ROUNDS) -> int:
     return len(contenders) + 2 * rounds
 
 
-def _forward(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+def forward_call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """A call without gradients."""
+
     def call() -> object:
         with torch.no_grad():
             return attend(q, k, v)
@@ -149,6 +164,7 @@ def _forward(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], ob
     return call
 
 
-def _both(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], object]:
+def both_call(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], object]:
+    """A forward and its backward."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     return lambda: torch.autograd.grad(attend(*inputs), inputs, dout)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from dilated_attention_pytorch.tuning.measure import interval
 
 # The profiler's own library reports its start and stop on stderr otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -23,8 +26,13 @@ LEAST_ROUNDS = 3
 FLUSHED_BYTES = 1 << 28
 """Written before each timed call on a GPU: more than any level-2 cache holds."""
 
-HEAD_START_CYCLES = 10_000_000
-"""For so long the GPU sleeps before a timed call, 5 ms or so: the host has queued the call by then."""
+HEAD_START = 1.5
+"""For so many times what the host takes to queue a call, the GPU sleeps before it: it never waits for the host."""
+
+LEAST_HEAD_START_S = 2e-4
+
+CYCLES_A_SECOND = 2e9
+"""Of a GPU's clock, at most."""
 
 
 class Spread(NamedTuple):
@@ -35,54 +43,134 @@ class Spread(NamedTuple):
     high: float
 
 
+class Failed(Exception):
+    """A call that raised while it was timed, by name; the reason is the cause."""
+
+
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, rounds: int, progress: Callable[[], None] = lambda: None
 ) -> dict[str, Spread]:
+    """Medians, least and most of `samples`."""
+    found = samples(calls, device, rounds, progress)
+    return {name: Spread(statistics.median(taken), min(taken), max(taken)) for name, taken in found.items()}
+
+
+def samples(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    progress: Callable[[], None] = lambda: None,
+    patience: float = PATIENCE,
+) -> dict[str, list[float]]:
     """Time all calls in turn, round after round, so that a machine that slows down slows down for all of them; who
     goes first alternates.
 
     On a GPU it is the GPU's time, with a cold level-2 cache and without the time that the host takes to queue the call.
 
     Args:
-        calls: By name. Each runs once unmeasured before the first round.
+        calls: By name. Each runs twice unmeasured before the first round.
         device: Where they run.
         rounds: How often each is timed at most.
         progress: Called after each round.
+        patience: Seconds after which no further round begins, once there are `LEAST_ROUNDS`.
+
+    Returns:
+        Milliseconds of each round, by name.
+
+    Raises:
+        Failed: A call did.
     """
-    once = _GpuClock(device) if device.type == "cuda" else _cpu_once
-    for call in calls.values():
-        call()
+    clock = _GpuClock(device) if device.type == "cuda" else _CpuClock()
+    for name, call in calls.items():
+        with _named(name):
+            clock.prepare(name, call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
     for place in range(rounds):
-        if place < LEAST_ROUNDS or time.perf_counter() - begun < PATIENCE:
+        if place < LEAST_ROUNDS or time.perf_counter() - begun < patience:
             for name in list(calls)[:: -1 if place % 2 else 1]:
-                times[name].append(once(calls[name]))
+                with _named(name):
+                    times[name].append(clock.once(name, calls[name]))
         progress()
-    return {name: Spread(statistics.median(taken), min(taken), max(taken)) for name, taken in times.items()}
+    return times
 
 
-def _cpu_once(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+def summary(times: list[float]) -> list[float]:
+    """The median, and the interval that holds it in 95 of 100 series: milliseconds."""
+    found = interval(times)
+    return [round(value, 5) for value in (found.median, found.low, found.high)]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Failed(name) from error
+
+
+class _CpuClock:
+    """Wall time."""
+
+    def prepare(self, name: str, call: Call) -> None:
+        """Run it unmeasured."""
+        call()
+
+    def once(self, name: str, call: Call) -> float:
+        """Milliseconds of one call."""
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
 
 
 class _GpuClock:
-    """Times one call between two events."""
+    """Times one call between two events, on a GPU that sleeps until the host has queued it."""
 
     def __init__(self, device: torch.device) -> None:
         self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+        self._cycles: dict[str, int] = {}
 
-    def __call__(self, call: Call) -> float:
+    def prepare(self, name: str, call: Call) -> None:
+        """Run it unmeasured, and find out how long the host takes."""
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host = max(HEAD_START * (time.perf_counter() - start), LEAST_HEAD_START_S)
+        torch.cuda.synchronize()
+        self._cycles[name] = int(host * CYCLES_A_SECOND)
+
+    def once(self, name: str, call: Call) -> float:
+        """Milliseconds of one call."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flushed.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        torch.cuda._sleep(self._cycles[name])
         start.record()
         call()
         stop.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(stop))
+
+
+HOST_CALLS, HOST_SERIES = 5, 7
+
+
+def host_us(call: Call, device: torch.device) -> float:
+    """Microseconds that the host takes to queue a call: the median of series, each short enough to fit the queue."""
+    taken = []
+    for _ in range(HOST_SERIES):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        taken.append(1e6 * (time.perf_counter() - start) / HOST_CALLS)
+    _wait(device)
+    return statistics.median(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
