@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
-from ..order import as_order
+from ..order import TokenOrder, as_order
 from . import options as option_values
 from .arguments import Call, check_mask, check_tensors, resolve
+from .function import is_recorded
 
 if TYPE_CHECKING:
     from .options import Options
@@ -26,18 +28,20 @@ def decide(
     dilation_rates: int | Sequence[int],
     *,
     backend: str | None,
-    **arguments: Any,
+    queries: str = "dilated",
+    head_offset: str | Tensor = "cyclic",
+    order: str | TokenOrder | Tensor | None = None,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    padding: str = "none",
+    mix_grad: str = "exact",
 ) -> tuple[Call, Plan]:
     """The checked call and its plan, under the options and the determinism in force.
 
-    Args:
-        q: As in `dilated_attention`; so are the others.
-        k: As there.
-        v: As there.
-        segment_lengths: As there.
-        dilation_rates: As there.
-        backend: As there.
-        arguments: What `resolve` takes.
+    The arguments are those of `dilated_attention`. A decision is remembered by all that it depends on, without its
+    tensors. Numbers are told by their bytes: 1, 1.0 and True are equal, and not all of them are taken.
     """
     chosen = option_values.current()
     deterministic = chosen.deterministic
@@ -45,20 +49,38 @@ def decide(
         deterministic = torch.are_deterministic_algorithms_enabled()
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         check_tensors(q, k, v)  # refuses them in a sentence
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    order, mask = arguments.get("order"), arguments.get("key_padding_mask")
-    by_tensor = isinstance(order, Tensor) or isinstance(arguments.get("head_offset"), Tensor)
-    key = None
-    if not by_tensor and chosen.miss_log is None:
-        options = None if chosen is option_values.DEFAULTS else chosen
-        key = _kind(q, k, v, segment_lengths, dilation_rates, arguments, backend, options, deterministic, backward)
-        if (known := _KNOWN.get(key)) is not None:
-            call, found = known
-            if order is None and mask is None:
-                return known
-            index = None if order is None else as_order(order).index(call.problem.length, q.device)  # type: ignore[union-attr]
-            checked = None if mask is None else check_mask(mask, q)
-            return Call(call.problem, call.scale, index, checked, call.offsets, call.dropout_p), found
+    backward = is_recorded(q, k, v)
+    key = known = None
+    if chosen.miss_log is None and not isinstance(order, Tensor) and not isinstance(head_offset, Tensor):
+        key = (
+            *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+            *(queries, head_offset, order, padding, mix_grad, backend, key_padding_mask is None),
+            *(None if chosen is option_values.DEFAULTS else chosen, deterministic, backward),
+            torch.get_float32_matmul_precision(),
+            _exactly(segment_lengths, dilation_rates, is_causal, dropout_p, scale),
+        )
+        try:
+            known = _KNOWN.get(key)
+        except TypeError:  # an argument that is none, as the checks will say
+            key = None
+    if known is not None:
+        call, found = known
+        if order is None and key_padding_mask is None:
+            return known
+        index = None if order is None else as_order(order).index(call.problem.length, q.device)  # type: ignore[union-attr]
+        mask = None if key_padding_mask is None else check_mask(key_padding_mask, q)
+        return Call(call.problem, call.scale, index, mask, call.offsets, call.dropout_p), found
+    arguments: dict[str, Any] = {
+        "queries": queries,
+        "head_offset": head_offset,
+        "order": order,
+        "is_causal": is_causal,
+        "key_padding_mask": key_padding_mask,
+        "dropout_p": dropout_p,
+        "scale": scale,
+        "padding": padding,
+        "mix_grad": mix_grad,
+    }
     call, found = _decided(
         q, k, v, segment_lengths, dilation_rates, backend, chosen, deterministic, backward, arguments
     )
@@ -73,37 +95,14 @@ KEPT = 1024
 """Kinds of calls that are remembered; beyond them all are forgotten at once."""
 
 _KNOWN: dict[Any, tuple[Call, Plan]] = {}
-"""What was decided, by all that it depends on, without its tensors."""
 
 
-def _kind(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_lengths: int | Sequence[int],
-    dilation_rates: int | Sequence[int],
-    arguments: dict[str, Any],
-    *rest: Any,
-) -> Any:
-    """All that a decision depends on as one value to look up; None for what is no argument, as the checks will say.
-
-    Numbers are told by their text: 1, 1.0 and True are equal, and not all of them are taken.
-    """
-    mask = arguments.get("key_padding_mask")
-    names = ("is_causal", "dropout_p", "scale")
+def _exactly(*numbers: object) -> bytes | str:
     try:
-        kind = (
-            *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-            repr((segment_lengths, dilation_rates, *(arguments.get(name) for name in names))),
-            *(value if value is not mask else None for name, value in arguments.items() if name not in names),
-            mask is None,
-            torch.get_float32_matmul_precision(),
-            *rest,
-        )
-        hash(kind)
-    except (AttributeError, TypeError):
-        return None
-    return kind
+        # A quarter of repr's time. Later formats tell shared objects from equal ones.
+        return marshal.dumps(numbers, 2)  # type: ignore[arg-type]
+    except ValueError:  # numpy's, say
+        return repr(numbers)
 
 
 def _decided(
