@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dilated_attention_pytorch import device, heuristics
@@ -77,12 +79,16 @@ def test_a_step_changes_one_thing() -> None:
 
 
 def test_rivals_are_what_a_user_could_have_written() -> None:
-    """cuDNN asked for what it cannot do: an order, a mask, float32."""
-    raced = {task.key for task in EVERY if space.Candidate(space.CUDNN) in space.rivals(task, H100)}
-    assert any(key.causal for key in raced)
-    for key in raced:
-        assert (key.op, key.order, key.queries, key.flags) in (
-            ("fwd", "none", "dilated", ()),
-            ("fwd", "none", "dilated", ("full",)),
-        )
-        assert key.dtype in ("bf16", "fp16")
+    """cuDNN asked for what it cannot do: an order, a mask, float32, several branches; or its backward timed twice."""
+    calls = problems.preset("standard")
+    alone = [(name, replace(problem, branches=(branch,))) for name, problem in calls for branch in problem.branches]
+    asked = [task for task in (*EVERY, *problems.of_calls(alone, H100)) if _by_cudnn(task)]
+    assert any(task.key.causal for task in asked)
+    assert {task.op for task in asked} == {"fwd", "dkdv"}
+    for key in (task.key for task in asked):
+        assert (key.order, key.queries) == ("none", "dilated") and key.flags in ((), ("full",))
+        assert key.dtype in ("bf16", "fp16") and len(key.branches) == 1
+
+
+def _by_cudnn(task: Task) -> bool:
+    return any(rival.route == space.CUDNN for rival in space.rivals(task, H100))

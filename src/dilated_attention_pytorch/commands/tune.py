@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,9 +123,11 @@ def run(chosen: argparse.Namespace) -> int:
         root=root,
         gpus=tuple(f"cuda:{index}" for index in gpus),
         budget_s=chosen.budget,
-        limit=chosen.candidates or (QUICK if chosen.preset == "quick" and not chosen.workload else None),
+        limit=chosen.candidates,
         processes=chosen.processes,
     )
+    if chosen.preset == "quick":
+        settings = replace(settings, limit=chosen.candidates or QUICK, steps=QUICK_STEPS)
     command = shlex.join(["dilated-attention", *sys.argv[1:]])
     ranked = read_ranking(chosen.from_screen, device) if chosen.from_screen else None
     bar = progress.shown()
@@ -134,8 +137,9 @@ def run(chosen: argparse.Namespace) -> int:
     return 0 if found["tuned"] == found["problems"] and not found["noisy"] else 1
 
 
-QUICK = 12
-"""Candidates a problem in the quick preset."""
+QUICK = 10
+QUICK_STEPS = 4
+"""Candidates a problem in the quick preset, and those that the step adds."""
 
 
 def _dry_run(tasks: list[Task], device: Device, root: Path, chosen: argparse.Namespace) -> None:

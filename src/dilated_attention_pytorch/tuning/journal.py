@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,9 @@ from ..errors import DatabaseError
 SCHEMA = 1
 BLOCK = 1 << 16
 """Bytes that are read at once in search of the last whole line."""
+
+SYNC_S = 1.0
+"""Seconds between two waits for the disk: one takes milliseconds, as long as a measurement."""
 
 STAGES = ("screen", "check", "race", "step", "finals")
 STATUSES = ("ok", "compile", "timeout", "resources", "runtime", "illegal_access", "correctness", "screened")
@@ -259,7 +263,9 @@ def to_json(row: Row) -> str:
 
 
 class Writer:
-    """Appends rows to a journal; every call is on the disk when it returns. Use it in a `with` statement.
+    """Appends rows to a journal. Use it in a `with` statement.
+
+    Rows are in the file when a call returns, whoever is killed then; a power cut may cost those of the last second.
 
     Args:
         path: The file, made where absent with its folder. A torn last line of a writer that was killed is cut off.
@@ -273,6 +279,7 @@ class Writer:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+", buffering=0)
+            self._synced = 0.0
         except OSError as error:
             raise DatabaseError(f"{path} cannot be written to: {error.strerror}; name another folder") from error
 
@@ -282,6 +289,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):  # a full disk: told by who wrote
+            os.fsync(self._file.fileno())
         self._file.close()
 
     def add(self, *rows: Row) -> None:
@@ -296,7 +305,9 @@ class Writer:
             try:
                 while text:
                     text = text[self._file.write(text) or 0 :]
-                os.fsync(self._file.fileno())
+                if time.monotonic() > self._synced + SYNC_S:
+                    os.fsync(self._file.fileno())
+                    self._synced = time.monotonic()
             except OSError as error:
                 with suppress(OSError):
                     self._file.truncate(size)

@@ -131,11 +131,10 @@ def _snake(problem: Problem, where: torch.device) -> Tensor:
 
 
 def _offsets(problem: Problem, where: torch.device) -> HeadOffsets:
-    heads, rate = problem.heads, problem.branches[0][1]
-    if problem.head_offset != "table":
-        return HeadOffsets((head_offsets(problem.head_offset, heads, rate),))
-    rows = (head_offsets("cyclic", heads, rate),)
-    return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=where))
+    table = problem.head_offset == "table"
+    rule = "cyclic" if table else problem.head_offset
+    rows = tuple(head_offsets(rule, problem.heads, rate) for _, rate in problem.branches)
+    return HeadOffsets(rows, torch.tensor(rows, dtype=torch.int32, device=where) if table else None)
 
 
 def _formula(inputs: Scene, dtype: torch.dtype) -> Outputs:
@@ -146,7 +145,7 @@ def _formula(inputs: Scene, dtype: torch.dtype) -> Outputs:
         q,
         k,
         v,
-        *([number] for number in problem.branches[0]),
+        *zip(*problem.branches, strict=True),
         queries=problem.queries,
         head_offset=torch.tensor(inputs.offsets.rows),
         order=None if inputs.index is None else inputs.index.long(),

@@ -4,8 +4,8 @@
 2. check, race: one candidate after the other, the untuned default and the incumbent first; one that is far behind the
    best so far is dropped after a few launches.
 3. step: what lies one step around the best three, the same way.
-4. finals: the best few, the default and the incumbent once more, on ragged sizes and then timed in turn.
-5. `decide`.
+4. finals: the best few, the default and the incumbent timed in turn.
+5. `decide`; the winner is checked on ragged sizes too, and makes way for the next if it is wrong there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner's row of the finals and why it is the winner; all rows of the finals, and how many were raced."""
+    """The winner's row of the finals and why it is the winner; the rows that it was chosen from, and how many raced."""
 
     winner: Measurement
     why: str
@@ -70,6 +70,7 @@ def search(
     *,
     rivals: Sequence[Candidate] = (),
     finalists: int = FINALISTS,
+    steps: int = STEPS,
     neighbours: Callable[[Candidate], Sequence[Candidate]] = lambda candidate: (),
     hurry: Callable[[], bool] = lambda: False,
 ) -> Search:
@@ -80,6 +81,7 @@ def search(
         incumbent: What the database has.
         rivals: External routes: checked, timed after the finals, and never the winner.
         finalists: Of those that raced, the default and the incumbent apart.
+        steps: Candidates that the step adds at most.
         neighbours: What lies around a candidate.
         hurry: Time is over: no further candidate is begun, those that were raced go to the finals.
 
@@ -98,13 +100,15 @@ def search(
         around = [near for best in racing.ranked()[:STEPPED_FROM] for near in neighbours(candidate_of(best))]
         new = [candidate for candidate in dict.fromkeys(around) if candidate not in wanted]
         if new:
-            yield from racing.race((yield from _screened(new[:STEPS], [])), "step", hurry)
-    finals = yield from _finals(racing, chosen, rivals, finalists)
-    eligible = [row for row in finals if row.status == "ok" and row.route == default.route]
-    if not eligible:
-        return None
-    winner, why = decide(eligible, default, incumbent)
-    return Verdict(winner, why, tuple(finals), len(racing.rows))
+            yield from racing.race((yield from _screened(new[:steps], [])), "step", hurry)
+    finals = yield from _finals(racing, chosen, finalists)
+    while finals:
+        winner, why = decide(finals, default, incumbent)
+        if (yield from _right_on_tails(candidate_of(winner))):
+            yield from _timed_rivals(rivals)
+            return Verdict(winner, why, tuple(finals), len(racing.rows))
+        finals.remove(winner)
+    return None
 
 
 def candidate_of(row: Measurement | Pick) -> Candidate:
@@ -153,29 +157,32 @@ class _Racing:
 
 
 def _finals(
-    racing: _Racing, chosen: Sequence[Candidate], rivals: Sequence[Candidate], most: int
+    racing: _Racing, chosen: Sequence[Candidate], most: int
 ) -> Generator[Request, list[Measurement], list[Measurement]]:
-    """The rows of the finals: of who passes the check with tails."""
+    """Rows of the best, of the default and of the incumbent, timed in turn."""
     ranked = racing.ranked()
     close = [candidate_of(row) for row in ranked if (row.median_us or 0.0) <= CLOSE * racing.best_us]
     raced = [candidate_of(row) for row in ranked]
-    wanted = list(dict.fromkeys((*close[:most], *(c for c in chosen if c in raced))))
-    finalists = []
-    for place, candidate in enumerate(wanted):
-        if place == 0:
-            yield Request("screen", tuple(wanted), ragged=True)
-        [checked] = yield Request("check", (candidate,), ragged=True)
-        if checked.status == "ok":
-            finalists.append(candidate)
-    if not finalists:
+    wanted = dict.fromkeys((*close[:most], *(c for c in chosen if c in raced)))
+    if not wanted:
         return []
-    rows = yield Request("finals", tuple(finalists))
-    # Apart from them: who is ten times slower would leave them few rounds.
+    rows = yield Request("finals", tuple(wanted))
+    return [row for row in rows if row.status == "ok"]
+
+
+def _right_on_tails(candidate: Candidate) -> Generator[Request, list[Measurement], bool]:
+    """Tails are another text to compile: of all candidates the winner alone is worth it."""
+    yield Request("screen", (candidate,), ragged=True)
+    [checked] = yield Request("check", (candidate,), ragged=True)
+    return checked.status == "ok"
+
+
+def _timed_rivals(rivals: Sequence[Candidate]) -> Generator[Request, list[Measurement], None]:
+    """Apart from the finals: who is ten times slower would leave them few rounds."""
     for rival in rivals:
         [checked] = yield Request("check", (rival,))
         if checked.status == "ok":
-            rows = rows + (yield Request("finals", (rival,)))
-    return rows
+            yield Request("finals", (rival,))
 
 
 def decide(

@@ -155,6 +155,8 @@ def rivals(task: Task, device: Device) -> list[Candidate]:
     all launches that it stands for.
     """
     problem = task.problem
+    if len(problem.branches) > 1:
+        return []  # what mixes the branches would be another's work
     dense = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
     whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
     together = problem.heads == problem.kv_heads or problem.branches[0][1] == 1  # heads of a group keep the same steps

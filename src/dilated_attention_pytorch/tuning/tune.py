@@ -26,7 +26,7 @@ from .problems import Task, planned
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
-from .search import FINALISTS, Request, Search, Verdict, search
+from .search import FINALISTS, STEPS, Request, Search, Verdict, search
 from .space import KERNEL, Candidate
 from .worker import Lost, NoStart, Raised, Worker, wait_for_any
 
@@ -54,6 +54,7 @@ class Settings:
         budget_s: Seconds after which nothing new is begun.
         limit: Candidates a task at most, the most promising; None is all.
         finalists: Of those that raced, the default and the incumbent apart.
+        steps: Candidates that the step around the best adds at most.
         processes: That compile; None is one a core that no GPU's process needs.
         candidate_s: Seconds that a check or a timing may take.
         routes: Ways to run a task; a rival that has none takes no part. Tests put stand-ins.
@@ -67,6 +68,7 @@ class Settings:
     budget_s: float = float("inf")
     limit: int | None = None
     finalists: int = FINALISTS
+    steps: int = STEPS
     processes: int | None = None
     candidate_s: float = CANDIDATE_S
     routes: Mapping[str, Route] = field(default_factory=lambda: ROUTES)
@@ -206,6 +208,9 @@ class _Tuning:
         finished = False
         try:
             self._fold(self._journal.picks)  # a start that was killed may have saved less than it picked
+            if self._waiting:
+                for worker in self._workers:
+                    worker.start()  # to find its GPU while the first candidates are compiled
             finished = self._search_all()
         except (DeviceLost, UnsupportedError):
             self._write(End(self._seconds, finished))
@@ -258,6 +263,7 @@ class _Tuning:
             incumbent,
             rivals=[rival for rival in space.rivals(task, self._device) if rival.route in self._settings.routes],
             finalists=self._settings.finalists,
+            steps=self._settings.steps,
             neighbours=lambda candidate: space.neighbours(task, self._device, candidate),
             hurry=lambda: self._hurry,
         )

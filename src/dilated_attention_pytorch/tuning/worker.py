@@ -78,8 +78,7 @@ class Worker:
     def submit(self, job: Any, seconds: float) -> None:
         """Hand over a job with its time limit; the process is started where there is none, in a time of its own."""
         assert not self.busy, "one job at a time"
-        if self._process is None:
-            self._start()
+        self.start()
         assert self.connection is not None
         with contextlib.suppress(OSError):  # a process that has ended: `answer` says so
             self.connection.send(job)
@@ -128,7 +127,10 @@ class Worker:
             self.connection.close()
         self._process, self.connection, self._begun, self.busy = None, None, False, False
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process where there is none; a job that comes later finds it ready, or starting."""
+        if self._process is not None:
+            return
         context: Any = multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         self._process = context.Process(
