@@ -156,17 +156,18 @@ def attention(
     def gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
         found = []
         for x, of in zip(tensors, (asked, keyed, keyed), strict=True):
-            steps = x if order is None else _Permute.apply(x, order, inverse)
+            steps = x if order is None else _applied(_Permute, x, order, inverse)
             if padded > problem.length:
                 steps = pad(steps, (0, 0, 0, 0, 0, padded - problem.length))
-            found.append(_Pack.apply(steps, of, apart))
+            found.append(_applied(_Pack, steps, of, apart))
         return found
 
     def mix(outs: Sequence[Tensor], lses: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         if apart:
             outs, lses = (_joined(asked, rows) for rows in (outs, lses))
-        out = _Mix.apply(asked, shape, len(every) > 1, *outs, *(lse.detach() for lse in lses))[:, : problem.length]
-        return out if order is None else _Permute.apply(out, inverse, order)
+        lses = [lse.detach() for lse in lses]
+        out = _applied(_Mix, asked, shape, len(every) > 1, *outs, *lses)[:, : problem.length]
+        return out if order is None else _applied(_Permute, out, inverse, order)
 
     gather, mix = wrap(gather), wrap(mix)
 
@@ -211,6 +212,18 @@ def _spread(parts: Sequence[Part], packed: Sequence[Tensor], shape: Sequence[int
     for part, rows in pairs:
         part.change(dense, rows, Tensor.add_)
     return dense
+
+
+def _applied(function: type[torch.autograd.Function], *given: Any) -> Any:
+    """What a function gives; without gradients it is not recorded, nor is `torch.compile` shown that it could be."""
+    return function.apply(*given) if torch.is_grad_enabled() else function.forward(_Unkept(), *given)
+
+
+class _Unkept:
+    """In place of what a backward would need."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Nothing is kept."""
 
 
 class _Pack(torch.autograd.Function):
