@@ -1,0 +1,123 @@
+"""What the host takes to queue a call, beside `scaled_dot_product_attention`: `python -m benchmarks.host [RESULT]`.
+
+It matters wherever the GPU is faster than the host: short sequences, small models, generation. A series of calls is
+queued without waiting for the GPU, and is short enough for its queue; series of all contenders take turns. The backward
+is `torch.autograd.grad` on a graph that is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import dilated_attention_pytorch as dap
+from benchmarks.compare import ours
+from benchmarks.environment import environment
+from benchmarks.timing import summary
+from dilated_attention_pytorch import device
+from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.tuning.screen import DTYPES
+from dilated_attention_pytorch.workloads import WORKLOADS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CALLS, SERIES = 20, 25
+"""A call of five branches has at most eleven launches; a thousand fit the queue."""
+
+WHAT = ("no grad", "recorded", "backward")
+PACKED = 2048
+"""Rows of the peer's sequences, packed and contiguous; how many there are is nothing to its host."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cases() -> dict[str, Problem]:
+    """LongNet's five branches, the core's one, and LongNet's second branch alone."""
+    longnet, core = WORKLOADS["longnet"].problem(), WORKLOADS["core"].problem(dtype="bf16")
+    return {"longnet": longnet, "core": core, "one branch": replace(longnet, branches=longnet.branches[1:2])}
+
+
+def main() -> int:
+    """Measure, print, write."""
+    gpu = device.current()
+    if gpu is None:
+        print("this measurement needs a GPU")
+        return 2
+    rows = [row for name, problem in cases().items() for row in measured(name, problem)]
+    document = {
+        "what": f"microseconds of the host a call: the median of {SERIES} series of {CALLS}, and its 95 % interval",
+        "command": " ".join(["python -m benchmarks.host", *sys.argv[1:]]),
+        "environment": environment(),
+        "rows": rows,
+    }
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"host_{gpu.name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    show(rows)
+    return 0
+
+
+def measured(name: str, problem: Problem) -> list[dict[str, object]]:
+    """A row for each contender."""
+    batch, length, heads, head_dim = problem.batch, problem.length, problem.heads, problem.head_dim
+    packed = batch * length // min(length, PACKED), heads, min(length, PACKED), head_dim
+    contenders = {
+        "ours": _calls(ours(problem, None), (batch, length, heads, head_dim), DTYPES[problem.dtype]),
+        "SDPA": _calls(scaled_dot_product_attention, packed, DTYPES[problem.dtype]),
+    }
+    times: dict[str, dict[str, list[float]]] = {contender: {what: [] for what in WHAT} for contender in contenders}
+    for _ in range(SERIES):
+        for contender, calls in contenders.items():
+            for what, call in calls.items():
+                with torch.set_grad_enabled(what != "no grad"):
+                    times[contender][what].append(series(call))
+    return [
+        {"case": name, "contender": contender, **{what: summary(times[contender][what]) for what in WHAT}}
+        for contender in contenders
+    ]
+
+
+def _calls(attend: Attend, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    q, k, v = (torch.randn(shape, device="cuda").to(dtype).requires_grad_() for _ in range(3))
+    out = attend(q, k, v)
+    dout = torch.randn_like(out)
+    calls = (
+        lambda: attend(q, k, v),
+        lambda: attend(q, k, v),
+        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
+    )
+    return dict(zip(WHAT, calls, strict=True))
+
+
+def series(call: Callable[[], object]) -> float:
+    """Microseconds a call, none of which waits for the GPU."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    taken = 1e6 * (time.perf_counter() - start) / CALLS
+    torch.cuda.synchronize()
+    return taken
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """The medians."""
+    table = Table(
+        *("case", "contender", *(f"{what}, us" for what in WHAT)), title=f"dilated attention {dap.__version__}"
+    )
+    for row in rows:
+        table.add_row(str(row["case"]), str(row["contender"]), *(f"{row[what][0]:.1f}" for what in WHAT))  # type: ignore[index]
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
