@@ -133,9 +133,9 @@ def dilated_attention(
         "padding": padding,
         "mix_grad": mix_grad,
     }
-    ranks = as_group(group)
-    q, k, v = cast_like_autocast(q, k, v)
-    out, lse = _attend(q, k, v, segment_lengths, dilation_rates, ranks, order, backend, words)
+    # What travels is known when the ranks have met: torch.compile leaves the call out of its graphs.
+    attend = torch.compiler.disable(_attend) if torch.compiler.is_compiling() else _attend  # type: ignore[no-untyped-call]
+    out, lse = attend(q, k, v, segment_lengths, dilation_rates, group, order, backend, words)
     return (out, lse) if return_lse else out
 
 
@@ -145,11 +145,13 @@ def _attend(
     v: Tensor,
     segment_lengths: int | Sequence[int],
     dilation_rates: int | Sequence[int],
-    group: dist.ProcessGroup,
+    ranks: Group,
     order: str | TokenOrder | Tensor | None,
     backend: str | None,
     words: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
+    group = as_group(ranks)
+    q, k, v = cast_like_autocast(q, k, v)
     call, token_order, refusal = None, None, None
     try:
         token_order = as_order(order)

@@ -82,7 +82,8 @@ def gather(
         For each run its rows (R, 2, B, D), keys and values, in the blocks of the senders, with their mask (R, B); a
         zero row that nothing masks follows where padding counts as keys. They are whole after the second result's wait.
     """
-    batch, found = _Batch(group), list[tuple[Tensor, Tensor | None]]()
+    batch = _Batch(group)
+    found: list[tuple[Tensor, Tensor | None]] = []
     for run, rows in laid:
         total, tag = rows.blocks[-1] + rows.phantoms, 2 * run.branch
         flat = k.new_zeros((total, 2, k.shape[0], k.shape[3]))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..runtime.api import dilated_attention
+
+if TYPE_CHECKING:
+    from ..distributed.agreement import Group
 
 
 class DilatedAttention(nn.Module):
@@ -22,6 +27,8 @@ class DilatedAttention(nn.Module):
         head_groups: Each head takes part in one branch: the heads are cut into as many groups as there are branches,
             the first ones a head larger where they do not divide. By default every head takes part in every branch,
             as in the paper.
+        group: Ranks that share each sequence: a process group, a `DeviceMesh` of one dimension, or (mesh, dimension);
+            inputs and outputs are then this rank's steps (docs/scale.md). None is no sharing.
 
     Raises:
         ArgumentError: As many segment lengths as dilation rates are needed.
@@ -34,6 +41,7 @@ class DilatedAttention(nn.Module):
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
         head_groups: bool = False,
+        group: Group = None,
     ) -> None:
         super().__init__()
         if len(segment_lengths) != len(dilation_rates):
@@ -46,6 +54,7 @@ class DilatedAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.dropout_p = attention_dropout
         self.head_groups = head_groups
+        self.group = group
         self._tables: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
@@ -63,7 +72,7 @@ class DilatedAttention(nn.Module):
         Raises:
             ArgumentError, ArgumentTypeError, UnsupportedError: As `dilated_attention`.
         """
-        return dilated_attention(
+        return self._function()(
             query,
             key,
             value,
@@ -74,6 +83,13 @@ class DilatedAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             scale=self.softmax_scale,
         )
+
+    def _function(self) -> Callable[..., Tensor]:
+        if self.group is None:
+            return dilated_attention
+        from .. import distributed
+
+        return partial(distributed.dilated_attention, group=self.group)
 
     def _groups(self, heads: int) -> Tensor:
         """The table of head offsets, the same tensor each time: the runtime checks a tensor when it first sees it."""

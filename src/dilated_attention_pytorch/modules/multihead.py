@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from .attention import DilatedAttention
+
+if TYPE_CHECKING:
+    from ..distributed.agreement import Group
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -26,6 +30,7 @@ class MultiheadDilatedAttention(nn.Module):
         gamma_init: Gain of the Xavier initialisation of value and output projection (MAGNETO, figure 2).
         device: Where the parameters lie.
         dtype: Their type.
+        group: Ranks that share each sequence, as for `DilatedAttention`.
 
     Raises:
         ArgumentError: num_heads does not divide embed_dim, or branches are not given in pairs.
@@ -44,6 +49,7 @@ class MultiheadDilatedAttention(nn.Module):
         gamma_init: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
@@ -55,7 +61,7 @@ class MultiheadDilatedAttention(nn.Module):
             return nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
         self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
-        self.attention = DilatedAttention(segment_lengths, dilation_rates, attention_dropout=dropout)
+        self.attention = DilatedAttention(segment_lengths, dilation_rates, attention_dropout=dropout, group=group)
         self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype) if layer_norm else None
         self.out_proj = linear()
         self.reset_parameters()
