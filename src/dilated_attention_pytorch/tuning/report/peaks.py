@@ -24,23 +24,24 @@ PEAKS = {
     "nvidia-geforce-rtx-2080-ti": Peak(53.8, None, 13.4),  # Turing whitepaper, table 1; fp16 alone
     "nvidia-a100-sxm4-40gb": Peak(312.0, 156.0, 19.5),  # A100 datasheet
     "nvidia-a100-sxm4-80gb": Peak(312.0, 156.0, 19.5),  # A100 datasheet
+    "nvidia-a100-80gb-pcie": Peak(312.0, 156.0, 19.5),  # A100 datasheet: as SXM's
     "nvidia-a30": Peak(165.0, 82.0, 10.3),  # A30 datasheet
     "nvidia-a10": Peak(125.0, 62.5, 31.2),  # A10 datasheet
-    "nvidia-geforce-rtx-3090": Peak(71.0, 35.6, 35.6),  # GA102 whitepaper, appendix A
+    "nvidia-geforce-rtx-3090": Peak(71.2, 35.6, 35.6),  # RTX Blackwell whitepaper, table 3
     "nvidia-rtx-a6000": Peak(154.8, 77.4, 38.7),  # GA102 whitepaper, appendix B
     "nvidia-l4": Peak(121.0, 60.0, 30.3),  # L4 datasheet
-    "nvidia-l40s": Peak(362.0, 183.0, 91.6),  # L40S datasheet
-    "nvidia-geforce-rtx-4090": Peak(165.2, 82.6, 82.6),  # Ada whitepaper, appendix A
+    "nvidia-l40s": Peak(362.05, 183.0, 91.6),  # L40S datasheet
+    "nvidia-geforce-rtx-4090": Peak(165.2, 82.6, 82.6),  # RTX Blackwell whitepaper, table 3
     "nvidia-h100-80gb-hbm3": Peak(989.4, 494.7, 66.9),  # Hopper whitepaper, table 2 (SXM5)
     "nvidia-h100-pcie": Peak(756.0, 378.0, 51.2),  # H100 datasheet (PCIe)
     "nvidia-h200": Peak(989.4, 494.7, 66.9),  # H200 datasheet
-    "nvidia-b200": Peak(2250.0, 1125.0, 75.0),  # HGX B200 datasheet, one of eight
-    "nvidia-b300-sxm6-ac": Peak(2250.0, 1125.0, 75.0),  # HGX B300 datasheet, one of eight
-    "nvidia-geforce-rtx-5090": Peak(209.5, 104.8, 104.8),  # RTX Blackwell whitepaper, appendix A
+    "nvidia-b200": Peak(2250.0, 1125.0, 75.0),  # HGX B200 specifications, an eighth
+    "nvidia-b300-sxm6-ac": Peak(2250.0, 1125.0, 75.0),  # HGX B300 specifications, an eighth
+    "nvidia-geforce-rtx-5090": Peak(209.5, 104.8, 104.8),  # RTX Blackwell whitepaper, table 3
     "amd-instinct-mi250x-mi250": Peak(191.5, None, 23.9),  # MI250X datasheet, one of two dies
     "amd-instinct-mi300x": Peak(1307.4, 653.7, 163.4),  # MI300X datasheet
-    "amd-instinct-mi325x": Peak(1307.4, 653.7, 163.4),  # MI325X datasheet
-    "amd-instinct-mi355x": Peak(2516.6, None, 157.3),  # MI355X datasheet
+    "amd-instinct-mi325x": Peak(1307.4, 653.7, 163.4),  # MI325X specifications: as the MI300X's
+    "amd-instinct-mi355x": Peak(2516.6, None, 157.3),  # MI355X specifications, not rounded to 2.5 P
 }
 """By the device's name in tune_db/devices.yaml. One that is not here has a memory roof alone."""
 
