@@ -82,6 +82,8 @@ def _first() -> Iterator[Case]:
     yield operation("longnet", 1, causal=True)
     for causal, rows, head_dim in itertools.product((False, True), FIRST_ROWS, (64, 128)):
         yield kernel(rows, head_dim, 4, 1, causal=causal)
+        if rows <= 256:
+            yield kernel(rows, head_dim, 1, 1, causal=causal)
     yield operation("core", 1, length=4096, pattern=1, dtype="bf16")
     for order, rate in itertools.product(("hilbert", "snake"), (1, 4)):
         yield kernel(2048, 64, rate, 1, order=order)

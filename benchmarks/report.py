@@ -1,2 +1,267 @@
-def main(check: bool) -> int:
-    return 0
+"""docs/performance.md and its figures, drawn from the result files in benchmarks/results/ alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures, results
+from benchmarks.contenders import OURS, TORCHSCALE, UNORDERED
+from benchmarks.goals import GOALS, MEASURED, Found, Goal, extra_bytes
+from benchmarks.results import Document, best_peer, median, ratio
+
+PAGE = results.FOLDER.parents[1] / "docs" / "performance.md"
+FIGURES = PAGE.parent / "figures"
+BEGIN, END = "<!-- `python -m benchmarks report` writes from here -->", "<!-- to here -->"
+NOTHING = "No result of this measurement is committed yet."
+
+
+def main(*, check: bool) -> int:
+    """Write the page and the figures, or say which ones are out of date.
+
+    Returns:
+        The exit code.
+    """
+    wanted = files(documents())
+    old = [path for path, text in wanted.items() if is_stale(path, text)]
+    for path in old:
+        print(f"{path.name} is out of date; `python -m benchmarks report` draws it anew" if check else path)
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text if isinstance(text := wanted[path], str) else text.svg(), encoding="utf-8")
+    return int(check and bool(old))
+
+
+def documents(folder: Path = results.FOLDER) -> dict[str, Document]:
+    """Result files of this measurement by file name."""
+    return {path.name: results.load(path) for path in sorted(folder.glob("bench_*.json"))}
+
+
+def files(found: Mapping[str, Document], page: Path = PAGE) -> dict[Path, str | figures.Picture]:
+    """The page, and its figures, as they should be."""
+    pictures = {
+        page.parent / "figures" / _figure(name, picture): picture
+        for name, document in found.items()
+        for picture in figures.pictures(document)
+    }
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    sections = [_section(name, document) for name, document in found.items()] or [NOTHING]
+    text = "\n\n".join([before.rstrip(), BEGIN, *sections, END]) + rest.partition(END)[2]
+    return {page: text, **pictures}
+
+
+def is_stale(path: Path, wanted: str | figures.Picture) -> bool:
+    """Whether a file is missing or shows something else."""
+    if not path.is_file():
+        return True
+    text = path.read_text(encoding="utf-8")
+    return text != wanted if isinstance(wanted, str) else wanted.mark not in text
+
+
+def _figure(name: str, picture: figures.Picture) -> str:
+    return f"{Path(name).stem}_{picture.name}.svg"
+
+
+# ---- The section of a GPU --------------------------------------------------------------------------------------------
+
+
+def _section(name: str, document: Document) -> str:
+    runs = document["runs"]
+    shown = {
+        picture.name: f"![{picture.name}](figures/{_figure(name, picture)})" for picture in figures.pictures(document)
+    }
+    parts = [
+        f"## {runs[-1]['environment'].get('gpu', runs[-1]['environment']['cpu'])}",
+        "\n".join(_run(name, run) for run in runs),
+        _titled("Goals", _goals(document)),
+        _titled("Whole operations", [shown.get("operations", ""), _operations(document)]),
+        _titled("One branch", [shown.get("kernels", ""), _kernels(document)]),
+        _titled("Orders", _orders(document)),
+        _titled("Scale", [shown.get("scale", ""), _scale(document)]),
+        _titled("First calls", _first_calls(document)),
+        _titled("Who did not take part", _failed(document)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _titled(title: str, texts: str | Sequence[str]) -> str:
+    told = [text for text in ([texts] if isinstance(texts, str) else texts) if text]
+    return "\n\n".join([f"### {title}", *told]) if told else ""
+
+
+def _run(name: str, run: Mapping[str, Any]) -> str:
+    found, ceilings = run["environment"], run["ceilings"]
+    commands = ", ".join(f"`{command}`" for command in run["commands"])
+    left = len(run.get("left_out", []))
+    return (
+        f"- [Result](../benchmarks/results/{name}) of commit {found['commit']}: torch {found['torch']}, triton "
+        f"{found['triton']}, cuDNN {found.get('cudnn')}, driver {found.get('driver')}; {commands}, at most "
+        f"{run['settings']['rounds']} rounds. The fastest matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, copy "
+        f"{ceilings['copy_tb_s']:.2f} TB/s." + (f" {left} cases were left to another run." if left else "")
+    )
+
+
+def _goals(document: Document) -> str:
+    lines = [line for goal in GOALS if (found := list(goal.find(document))) for line in [_goal(goal, found)]]
+    return _table(("", "worst case", "worst", "middle", "floor", "goal", ""), lines)
+
+
+def _goal(goal: Goal, found: Sequence[Found]) -> list[str]:
+    worst = min(found, key=goal.margin)
+    middle = statistics.geometric_mean(each.value for each in found)
+    if all(goal.holds(each.value, each.goal) for each in found):
+        verdict = "reached"
+    else:
+        verdict = "above the floor" if goal.holds(worst.value, worst.floor) else "**below the floor**"
+    numbers = [f"{number:.3g}{goal.unit}" for number in (worst.value, middle, worst.floor, worst.goal)]
+    return [goal.name, f"`{worst.case}`", *numbers, verdict]
+
+
+def _operations(document: Document) -> str:
+    lines = []
+    for name, case in _of_level(document, "operations"):
+        for measurement in ("forward", "both"):
+            mine, peer = median(case["rows"].get(OURS, {}), measurement), best_peer(case, measurement)
+            eager = median(case["rows"].get(TORCHSCALE, {}), measurement)
+            memory = [] if peer is None else [extra_bytes(case, who) for who in (OURS, peer[0])]
+            lines.append(
+                [
+                    f"`{name}` {MEASURED[measurement]}",
+                    _ms(case, OURS, measurement),
+                    "" if peer is None else f"{peer[1]:.3f} ({peer[0]})",
+                    _number(ratio(case, measurement)),
+                    _number(eager / mine if eager and mine else None),
+                    _share(case, measurement, mine),
+                    " of ".join(f"{extra / 2**20:.0f}" for extra in memory if extra is not None)
+                    if measurement == "both"
+                    else "",
+                ]
+            )
+    head = ("", "ours, ms", "best peer, ms", "ratio", "torchscale's way", "of the limit", "MiB of the peer's")
+    return _table(head, lines)
+
+
+def _kernels(document: Document) -> str:
+    lines = []
+    for name, case in _of_level(document, "kernels"):
+        if case["problem"]["order"] != "none":
+            continue
+        cells = [f"`{name.removeprefix('kernel-')}`"]
+        for measurement, work in (("forward", 1.0), ("backward", 2.5)):
+            mine, peer = median(case["rows"].get(OURS, {}), measurement), best_peer(case, measurement)
+            cells += [
+                "" if mine is None else f"{work * case['gflop'] / mine:.0f}",
+                "" if peer is None else f"{work * case['gflop'] / peer[1]:.0f} ({_short(peer[0])})",
+                _number(ratio(case, measurement)),
+                _share(case, measurement, mine),
+            ]
+        lines.append(cells)
+    head = (
+        "useful TFLOP/s",
+        "forward",
+        "best peer",
+        "ratio",
+        "of the limit",
+        "backward",
+        "best peer",
+        "ratio",
+        "of the limit",
+    )
+    return _table(head, sorted(lines, key=lambda cells: _sizes(cells[0])))
+
+
+def _sizes(name: str) -> tuple[Any, ...]:
+    """n64-d48-r1-causal -> sorted by head_dim, causality, rate and rows."""
+    words = name.strip("`").split("-")
+    rows, head_dim, rate = (int(word[1:]) for word in words[:3])
+    return head_dim, len(words), rate, rows
+
+
+def _orders(document: Document) -> str:
+    lines = []
+    for name, case in _of_level(document, "kernels"):
+        for measurement in ("forward", "backward"):
+            mine, without = (median(case["rows"].get(who, {}), measurement) for who in (OURS, UNORDERED))
+            if mine and without:
+                lines.append([f"`{name}` {measurement}", f"{mine:.3f}", f"{without:.3f}", f"{without / mine:.2f}"])
+    return _table(("", "in the order, ms", "without, ms", "share of its speed"), lines)
+
+
+def _scale(document: Document) -> str:
+    cells: dict[tuple[str, int], list[str]] = {}
+    for _, case in _of_level(document, "scale"):
+        key = case["workload"], case["problem"]["length"]
+        row = case["rows"].get(OURS, {})
+        cells[key] = [f"{key[0]}, {key[1]}"]
+        for measurement in ("forward", "both"):
+            time, peak = median(row, measurement), row.get("peak_bytes", {}).get(measurement)
+            each = None if time is None else 1e6 * time / key[1]
+            cells[key] += [_number(time, 4), _number(each, 3), "" if peak is None else f"{peak / 2**20:.0f}"]
+        cells[key] += [_number(median(case["rows"].get(figures.DENSE, {}), "both"), 4)]
+    head = ("tokens", "forward, ms", "ns a token", "MiB", "with backward, ms", "ns a token", "MiB", "dense cuDNN, ms")
+    return _table(head, [cells[key] for key in sorted(cells)])
+
+
+def _first_calls(document: Document) -> str:
+    lines = []
+    for name, case in _of_level(document, "latency"):
+        for who, row in case["rows"].items():
+            if "failed" not in row:
+                states = [
+                    row["cold"]["forward_ms"],
+                    row["warm"]["forward_ms"],
+                    row["cold"]["both_ms"],
+                    row["warm"]["both_ms"],
+                ]
+                lines.append([f"`{name}`", who, *(f"{time / 1e3:.2f}" for time in states)])
+    head = ("", "", "forward, cold, s", "warm, s", "then with backward, cold, s", "warm, s")
+    return _table(head, lines)
+
+
+def _failed(document: Document) -> str:
+    """Everybody's failures: one line for all cases with the same reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, case in document["cases"].items():
+        for who, row in case["rows"].items():
+            if "failed" in row:
+                reasons.setdefault((who, row["failed"]), []).append(name)
+    lines = [
+        [who, reason.replace("|", "\\|"), f"`{cases[0]}`" + (f" and {len(cases) - 1} more" if len(cases) > 1 else "")]
+        for (who, reason), cases in sorted(reasons.items())
+    ]
+    return _table(("", "why", "where"), lines)
+
+
+# ---- Cells -----------------------------------------------------------------------------------------------------------
+
+
+def _of_level(document: Document, level: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    return ((name, case) for name, case in document["cases"].items() if case["level"] == level)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *rows]) if rows else ""
+
+
+def _ms(case: Mapping[str, Any], who: str, measurement: str) -> str:
+    row = case["rows"].get(who, {})
+    if median(row, measurement) is None:
+        return ""
+    middle, low, high = row[f"{measurement}_ms"]
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _share(case: Mapping[str, Any], measurement: str, time: float | None) -> str:
+    return "" if time is None else f"{case['limit_ms'][measurement] / time:.0%}"
+
+
+def _short(name: str) -> str:
+    return name.replace("FlashAttention-", "FA")
