@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dilated_attention_pytorch.errors import CodegenError
 from dilated_attention_pytorch.variant import ORDERS, QUERIES, Variant
@@ -34,6 +35,7 @@ class Pattern:
         order: "none", "snake" or "hilbert" (any permutation).
         queries: "dilated" or "all".
         reason: The workload that asks for it.
+        wider: (segment, dilation) of further branches that are computed in the same pass.
     """
 
     segment: int | str
@@ -41,16 +43,21 @@ class Pattern:
     order: str = "none"
     queries: str = "dilated"
     reason: str = "added"
+    wider: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self.variant()
 
     def variant(self, *, one_tile: bool = False, even: bool = False) -> Variant:
         """One of the pattern's texts."""
-        return Variant(self.segment, self.dilation, self.order, self.queries, one_tile, even)
+        return Variant(self.segment, self.dilation, self.order, self.queries, one_tile, even, self.wider)
 
     def texts(self) -> Iterator[tuple[Variant, str]]:
         """The pattern's variants, each with what it relies on."""
+        if self.wider:
+            yield self.variant(), "one pass"
+            yield self.variant(even=True), "one pass, nothing is ragged"
+            return
         rows = self.variant().rows
         whole = isinstance(self.segment, str) or self.segment % self.dilation == 0
         yield self.variant(), ""
@@ -96,6 +103,10 @@ PATTERNS = [
     Pattern(1024, 1, "hilbert", reason="image"),
     Pattern(1024, 2, "hilbert", reason="image"),
     Pattern("full", 1, reason="dense attention, a branch of many"),
+    # Several branches in one pass.
+    Pattern(2048, 1, reason="longnet, readme", wider=((4096, 2), (8192, 4))),
+    Pattern(2048, 1, reason="wide", wider=((4096, 2), (8192, 4), (16384, 8), (32768, 16))),
+    Pattern(1024, 1, reason="longvit", wider=((2048, 2),)),
 ]
 
 
@@ -121,7 +132,7 @@ def _reading_order(variant: Variant) -> tuple[int, ...]:
     """The general ones, then full ones, then segments by number: as a person would look one up."""
     length = variant.segment if isinstance(variant.segment, int) else -1 if variant.segment == "full" else -2
     words = ORDERS.index(variant.order), QUERIES.index(variant.queries)
-    return length, variant.dilation or 0, *words, variant.one_tile, variant.even
+    return len(variant.wider), length, variant.dilation or 0, *words, variant.one_tile, variant.even
 
 
 VARIANTS = expand(PATTERNS)
@@ -138,7 +149,7 @@ def parse(spec: str) -> Pattern:
     if not rest:
         raise CodegenError(f"{spec!r} has no dilation rate; {usage}")
     dilation, *words = rest
-    chosen: dict[str, str] = {}
+    chosen: dict[str, Any] = {}
     for word in words:
         field = "order" if word in ORDERS else "queries" if word in QUERIES else None
         if field is None:

@@ -205,21 +205,21 @@ class ProblemKey:
     grid: int
 
     @classmethod
-    def of(cls, problem: Problem, op: str, branch: int) -> ProblemKey:
-        """The key of one branch's launch of `op` in a problem."""
+    def of(cls, problem: Problem, op: str, *branches: int) -> ProblemKey:
+        """The key of the launch of `op` that computes a branch of a problem, or a chain of them, the narrowest first."""
         flags = {
             "dropout": problem.dropout,
-            "full": problem.is_full(branch),
+            "full": all(map(problem.is_full, branches)),
             "mask": problem.mask,
             "tf32": problem.tf32,
             "zeros": problem.padding == "zeros",
         }
-        pairs = problem.segments(branch) * problem.batch * problem.heads
+        pairs = problem.segments(branches[0]) * problem.batch * problem.heads
         return cls(
             op=op,
             dtype=problem.dtype,
             head_dim=problem.head_dim,
-            branches=((round_rows(problem.rows(branch)), problem.branches[branch][1]),),
+            branches=tuple((round_rows(problem.rows(branch)), problem.branches[branch][1]) for branch in branches),
             queries=problem.queries,
             order=problem.order,
             causal=problem.causal,

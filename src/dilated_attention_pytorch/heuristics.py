@@ -6,6 +6,8 @@ that run everywhere, not winners: a measured entry always goes before them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .config import DTYPE_BYTES, LaunchConfig, next_power_of_two
 
 FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, num_warps=4, num_stages=1))
@@ -57,6 +59,12 @@ _SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
     },
 }
+# Of several branches in one pass, by descriptor, as in `_TABLES`: measured on an H100, LongNet's branches.
+_CHAINS_ON_HOPPER = {
+    "fwd": {128: (LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),)},
+    "dkdv": {128: (LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),)},
+    "dq": {128: (LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),)},
+}
 _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
 
@@ -80,6 +88,29 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys(configs))
+
+
+def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -> list[LaunchConfig]:
+    """Untuned configurations of several branches in one pass, best first: tiles that divide the rows of a class.
+
+    Args:
+        op: As in `default`; so are the others.
+        head_dim: As there.
+        dtype: As there.
+        rows: Rows of a class in the narrowest segment.
+        arch: As there.
+    """
+    loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
+    row_bytes = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
+    best = _CHAINS_ON_HOPPER[op].get(row_bytes, ()) if arch == "sm_90" and loads == "descriptor" else ()
+    configs = [*best, *(replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))]
+    return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
+
+
+def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
+    """Tiles are loaded by tensor descriptors: the hardware has them, and no padding column would be a neighbour's."""
+    hardware = arch == "interpreter" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
+    return hardware and head_dim == padded_head_dim(head_dim) and dtype in ("bf16", "fp16")
 
 
 def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch: str) -> int:

@@ -6,7 +6,9 @@ reads them back. Nothing here imports torch or triton, so that the workshop (`co
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import ConfigError
@@ -15,9 +17,27 @@ ORDERS = ("none", "snake", "hilbert")
 QUERIES = ("dilated", "all")
 
 _NAME = re.compile(
-    r"(?:(?P<general>general)|(?:s(?P<segment>[1-9]\d*)|(?P<full>full))(?:_d(?P<dilation>[1-9]\d*))?)"
+    r"(?:(?P<general>general)|(?:s(?P<segments>[1-9]\d*(?:_[1-9]\d*)*)|(?P<full>full))"
+    r"(?:_d(?P<dilations>[1-9]\d*(?:_[1-9]\d*)*))?)"
     r"(?:_(?P<order>snake|hilbert))?(?P<all>_all)?(?P<one>_one)?(?P<even>_even)?"
 )
+
+
+def _numbers(match: re.Match[str] | None, group: str) -> list[int]:
+    found = match[group] if match else None
+    return [int(number) for number in found.split("_")] if found else []
+
+
+CHAIN_RULE = "each segment length must divide the next, each rate the next, and the largest rate the smallest segment"
+
+
+def is_chain(branches: Sequence[tuple[int, int]]) -> bool:
+    """Whether (segment, dilation) pairs, the narrowest first, can be computed in one pass."""
+    nested = all(
+        wider % segment == 0 and rate % dilation == 0
+        for (segment, dilation), (wider, rate) in itertools.pairwise(branches)
+    )
+    return nested and branches[0][0] % branches[-1][1] == 0
 
 
 @dataclass(frozen=True, order=True)
@@ -32,6 +52,8 @@ class Variant:
         queries: "dilated" or "all", see `dilated_attention`.
         one_tile: One tile holds all keys (and all queries) of a segment: no loop, no online softmax.
         even: Nothing is ragged: the segments fill N, and the tiles fill the segments. No tail mask.
+        wider: (segment, dilation) of further branches that are computed in the same pass, a chain: each segment length
+            and each dilation rate divides the next, the largest rate the smallest segment.
     """
 
     segment: int | str | None
@@ -40,6 +62,7 @@ class Variant:
     queries: str = "dilated"
     one_tile: bool = False
     even: bool = False
+    wider: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.segment, str) and self.segment != "full":
@@ -59,16 +82,25 @@ class Variant:
             raise ConfigError("one_tile needs a fixed segment length")
         if self.even and isinstance(self.segment, int) and self.segment % (self.dilation or 1):
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
+        if self.wider:
+            self._check_chain()
+
+    def _check_chain(self) -> None:
+        if not isinstance(self.segment, int) or self.one_tile or (self.order, self.queries) != ("none", "dilated"):
+            raise ConfigError("branches share a pass where segments are fixed, steps are tokens, and the kept ones ask")
+        if not is_chain(self.levels):
+            raise ConfigError(f"branches {list(self.levels)} are no chain: {CHAIN_RULE}")
 
     @property
     def name(self) -> str:
-        """`s2048_d2_hilbert`, `full_d4`, `s128_d1_snake_all_one_even`, `general`, …"""
+        """`s2048_d2_hilbert`, `full_d4`, `s128_d1_snake_all_one_even`, `s2048_4096_d1_2`, `general`, …"""
         if self.segment is None:
             parts = ["general"]
         else:
-            parts = ["full" if self.segment == "full" else f"s{self.segment}"]
+            segments, dilations = zip((self.segment, self.dilation), *self.wider, strict=True)
+            parts = ["full" if self.segment == "full" else "s" + "_".join(map(str, segments))]
             if self.dilation is not None:
-                parts.append(f"d{self.dilation}")
+                parts.append("d" + "_".join(map(str, dilations)))
         if self.order != "none":
             parts.append(self.order)
         if self.queries == "all":
@@ -87,24 +119,28 @@ class Variant:
             ConfigError: The name is none.
         """
         match = _NAME.fullmatch(name)
-        if match is None:
+        segments, dilations = (_numbers(match, group) for group in ("segments", "dilations"))
+        if match is None or (len(segments) != len(dilations) and len(segments + dilations) > 1):
             raise ConfigError(f"{name!r} is no variant name; expected e.g. 's2048_d2_hilbert'")
-        segment: int | str | None = None
-        if match["full"]:
-            segment = "full"
-        elif match["segment"]:
-            segment = int(match["segment"])
         return cls(
-            segment=segment,
-            dilation=int(match["dilation"]) if match["dilation"] else None,
+            segment="full" if match["full"] else next(iter(segments), None),
+            dilation=next(iter(dilations), None),
             order=match["order"] or "none",
             queries="all" if match["all"] else "dilated",
             one_tile=bool(match["one"]),
             even=bool(match["even"]),
+            wider=tuple(zip(segments[1:], dilations[1:], strict=True)),
         )
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        """(segment, dilation) of all branches of a chain, the narrowest first; empty for a branch alone."""
+        if not self.wider or not isinstance(self.segment, int) or self.dilation is None:
+            return ()
+        return ((self.segment, self.dilation), *self.wider)
 
     @property
     def rows(self) -> int | None:

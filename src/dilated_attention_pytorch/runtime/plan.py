@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import _layout, database, generated, heuristics
+from .. import device as devices
+from ..call_config import OPS as CALL_OPS
+from ..call_config import CallConfig
 from ..config import OPS, LaunchConfig, Problem, ProblemKey
-from ..database import INVALID, KERNEL_STALE, Database, Hit, Lookup
+from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import acting_order, query_rows, variant_for
+from .variants import acting_order, chain, query_rows, text_for
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -33,6 +37,7 @@ class Choice:
         rung: The rung of the ladder that gave the configuration.
         why: The evidence for it.
         passed: (rung, sentence) of every offer that was passed over, in the order of the ladder.
+        wider: Further branches that the launch computes.
     """
 
     op: str
@@ -42,18 +47,25 @@ class Choice:
     rung: str
     why: str
     passed: tuple[tuple[str, str], ...]
+    wider: tuple[int, ...] = ()
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """All branches that the launch computes, the narrowest first."""
+        return (self.branch, *self.wider)
 
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """The launches of one branch.
+    """The launches of one branch, or of several that share them.
 
     Attributes:
-        branch: Index into the problem's branches.
+        branch: Index into the problem's branches; of several the narrowest.
         segment: w as it acts: min(w, N) steps.
         dilation: r.
         order: The token order as it acts: "none" where the problem's changes nothing in this branch.
         fwd, dkdv, dq: The three launches.
+        wider: Further branches that they compute in the same pass.
     """
 
     branch: int
@@ -63,6 +75,29 @@ class BranchPlan:
     fwd: Choice
     dkdv: Choice
     dq: Choice
+    wider: tuple[int, ...] = ()
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """All branches that the launches compute, the narrowest first."""
+        return (self.branch, *self.wider)
+
+
+@dataclass(frozen=True)
+class CallChoice:
+    """How the torch backend cuts a branch into calls, where that was measured.
+
+    Attributes:
+        op: "fwd", or "dkdv" for the whole backward.
+        branch: Index into the problem's branches.
+        config: What was picked.
+        why: The evidence for it.
+    """
+
+    op: str
+    branch: int
+    config: CallConfig
+    why: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,7 @@ class Plan:
             ones merge into that. Empty for the other backends.
         refusals: (backend or rung, sentence) of everything that was passed over as a whole.
         rung: The lowest rung of the ladder that any launch came from; the backend's name for the other backends.
+        calls: Of the torch backend, what the user's own database has measured on this processor.
     """
 
     problem: Problem
@@ -85,6 +121,12 @@ class Plan:
     branches: tuple[BranchPlan, ...]
     refusals: tuple[tuple[str, str], ...]
     rung: str
+    calls: tuple[CallChoice, ...] = ()
+
+    def call_config(self, op: str, branch: int) -> CallConfig:
+        """How the torch backend cuts a branch: as measured, else the untuned default."""
+        measured = (choice.config for choice in self.calls if (choice.op, choice.branch) == (op, branch))
+        return next(measured, CallConfig.untuned(op, self.problem, branch))
 
     @property
     def mix_grad(self) -> str:
@@ -181,17 +223,19 @@ def _plan(
     if backend in ("torch", "reference"):
         if reasons := torch_refusals(problem):
             raise UnsupportedError(f"the {backend} backend refuses: {'; '.join(reasons)}")
-        return Plan(problem, device, backend, branches=(), refusals=(), rung=backend)
+        measured = (
+            _measured_calls(problem, options, toolchain, committed) if (backend, device) == ("torch", None) else ()
+        )
+        return Plan(problem, device, backend, branches=(), refusals=(), rung=backend, calls=measured)
     if device is None and toolchain.interpret:
         device = INTERPRETER
     reasons = refusals(problem, device, toolchain)
     if not reasons and device is not None:
-        own = _own_database() if options.database is None else options.database
-        overlay = None if own is None else database.load(own)
+        overlay = _overlay_of(options)
         try:
             branches = tuple(
-                _branch(_Question(problem, branch, device, options, backward, toolchain, committed, overlay, texts))
-                for branch in _launch_order(problem)
+                _branch(_Question(problem, branches, device, options, backward, toolchain, committed, overlay, texts))
+                for branches in launch_order(problem, texts)
             )
         except _NothingFits as error:
             reasons = (str(error),)
@@ -202,12 +246,37 @@ def _plan(
         raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
     if last := torch_refusals(problem):
         raise UnsupportedError(f"no backend takes this; triton: {'; '.join(reasons)}; torch: {'; '.join(last)}")
-    return Plan(problem, device, "torch", (), tuple(("triton", reason) for reason in reasons), rung="torch")
+    measured = _measured_calls(problem, options, toolchain, committed) if device is None else ()
+    refused = tuple(("triton", reason) for reason in reasons)
+    return Plan(problem, device, "torch", (), refused, rung="torch", calls=measured)
 
 
-def _launch_order(problem: Problem) -> list[int]:
-    """Branches by dilation: the first launch covers most steps, so the fewest rows are written as mere zeros."""
-    return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
+def launch_order(problem: Problem, texts: frozenset[str]) -> list[tuple[int, ...]]:
+    """A chain, then the others by dilation: the first launch covers most steps, so the fewest rows are mere zeros."""
+    first = chain(problem, texts)
+    others = (branch for branch in range(len(problem.branches)) if branch not in first)
+    alone = ((branch,) for branch in sorted(others, key=lambda branch: problem.branches[branch][1]))
+    return [*([first] if first else []), *alone]
+
+
+def _overlay_of(options: Options) -> Database | None:
+    own = _own_database() if options.database is None else options.database
+    return None if own is None else database.load(own)
+
+
+def _measured_calls(
+    problem: Problem, options: Options, toolchain: Toolchain, committed: Database
+) -> tuple[CallChoice, ...]:
+    """What the user's own database has for this very problem and processor; none was committed."""
+    if (overlay := _overlay_of(options)) is None:
+        return ()
+    found = []
+    for branch, op in itertools.product(range(len(problem.branches)), CALL_OPS):
+        key = replace(ProblemKey.of(problem, op, branch), order=acting_order(problem, branch))
+        for hit in Lookup(key, devices.cpu(), toolchain, committed, overlay).in_overlay():
+            if hit.status == FRESH and isinstance(hit.entry.config, CallConfig):
+                found.append(CallChoice(op, branch, hit.entry.config, f"overlay: {_evidence(hit)}"))
+    return tuple(found)
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
@@ -219,10 +288,10 @@ class _NothingFits(Exception):
 
 @dataclass(frozen=True)
 class _Question:
-    """What the rungs are asked: `_plan`'s arguments, for one branch."""
+    """What the rungs are asked: `_plan`'s arguments, for one branch or a chain of them."""
 
     problem: Problem
-    branch: int
+    branches: tuple[int, ...]
     device: Device
     options: Options
     backward: bool
@@ -233,9 +302,9 @@ class _Question:
 
     def lookup(self, op: str) -> Lookup:
         """This question, put to the database."""
-        key = ProblemKey.of(self.problem, op, self.branch)
+        key = ProblemKey.of(self.problem, op, *self.branches)
         # Measured is what runs: a branch whose order changes nothing runs the unordered text.
-        key = replace(key, order=acting_order(self.problem, self.branch))
+        key = replace(key, order=acting_order(self.problem, self.branches[0]))
         return Lookup(key, self.device, self.toolchain, self.committed, self.overlay)
 
 
@@ -282,10 +351,8 @@ def _stale(question: _Question, op: str) -> list[_Offer]:
 
 
 def _heuristic(question: _Question, op: str) -> list[_Offer]:
-    problem, branch, arch = question.problem, question.branch, question.device.arch
-    rows = query_rows(problem, branch), problem.rows(branch)
-    configs = heuristics.default(op, problem.head_dim, problem.dtype, *rows, arch)
-    return [_estimated(question, op, config, f"untuned default for {arch}") for config in configs]
+    configs = untuned(question.problem, question.branches, op, question.device.arch)
+    return [_estimated(question, op, config, f"untuned default for {question.device.arch}") for config in configs]
 
 
 def _floor(question: _Question, op: str) -> list[_Offer]:
@@ -324,16 +391,26 @@ MEASURED = ("config", "overlay", "exact", "silicon")
 
 
 def _branch(question: _Question) -> BranchPlan:
-    problem, branch = question.problem, question.branch
+    problem, (branch, *wider) = question.problem, question.branches
     fwd, dkdv, dq = (_climb(question, op) for op in OPS)
-    dilation = problem.branches[branch][1]
-    return BranchPlan(branch, problem.segment(branch), dilation, acting_order(problem, branch), fwd, dkdv, dq)
+    dilation, order = problem.branches[branch][1], acting_order(problem, branch)
+    return BranchPlan(branch, problem.segment(branch), dilation, order, fwd, dkdv, dq, tuple(wider))
+
+
+def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> list[LaunchConfig]:
+    """The untuned configurations of a launch, best first."""
+    head_dim, dtype = problem.head_dim, problem.dtype
+    if len(branches) > 1:
+        rows = problem.branches[branches[0]][0] // problem.branches[branches[-1]][1]
+        return heuristics.default_of_chain(op, head_dim, dtype, rows, arch)
+    rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
+    return heuristics.default(op, head_dim, dtype, *rows_of, arch)
 
 
 def step_down(problem: Problem, choice: Choice) -> Choice:
     """The smallest tiles in place of a choice that could not be launched."""
     config = heuristics.FLOOR[-1]
-    variant = variant_for(problem, choice.branch, choice.op, config, _rendered())
+    variant = text_for(problem, choice.branches, choice.op, config, _rendered())
     assert variant is not None, "there was a text for larger tiles"
     passed = (*choice.passed, (choice.rung, f"{choice.config.name} ran out of resources when it was launched"))
     return replace(choice, variant=variant, config=config, rung="floor", why="the smallest tiles", passed=passed)
@@ -347,12 +424,16 @@ def _climb(question: _Question, op: str) -> Choice:
         if not found:
             passed.append((rung, silence))
         for config, why, unfit in found:
-            variant = variant_for(question.problem, question.branch, op, config, question.texts)
-            if variant is None:
+            variant = text_for(question.problem, question.branches, op, config, question.texts)
+            if variant is None and len(question.branches) == 1:
                 raise _NothingFits("generated/ has no general text for this order; `python -m codegen` writes it")
+            if variant is None:
+                passed.append((rung, f"tiles of {config.name} do not divide the rows of a class"))
+                continue
             if unfit is None:
                 _refuse_miss(question, op, rung)
-                return Choice(op, question.branch, variant, config, rung, why, tuple(passed))
+                branch, *wider = question.branches
+                return Choice(op, branch, variant, config, rung, why, tuple(passed), tuple(wider))
             passed.append((rung, unfit))
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
 
@@ -374,18 +455,18 @@ def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> 
 
 def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
     """Offers of entries: they fit by what their kernel took, which had this head_dim, dtype and op."""
-    return [_Offer(hit.entry.config, _evidence(hit), _unfit(question, op, hit, stale)) for hit in hits]
+    return [_Offer(hit.entry.launch, _evidence(hit), _unfit(question, op, hit, stale)) for hit in hits]
 
 
 def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
-    named = f"{hit.entry.config.name} on {hit.device}"
+    named = f"{hit.entry.launch.name} on {hit.device}"
     if hit.status == INVALID:
         return f"{named} is invalid: it was wrong, or is too large for its own device"
     if hit.status == KERNEL_STALE and not stale:
         return f"{named} was measured on a kernel text that has changed since"
-    problem, device, config = question.problem, question.device, hit.entry.config
+    problem, device, config = question.problem, question.device, hit.entry.launch
     need = hit.entry.resources.shared_bytes
-    text = variant_for(problem, question.branch, op, config, question.texts)
+    text = text_for(problem, question.branches, op, config, question.texts)
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))
@@ -400,9 +481,10 @@ def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:
 
 def _evidence(hit: Hit) -> str:
     key, times, source = hit.entry.key, hit.entry.time_us, hit.entry.provenance
+    toolchain = f"Triton {source.triton}" if isinstance(hit.entry.config, LaunchConfig) else f"torch {source.torch}"
     default = "" if times.default is None else f", untuned {times.default:g}"
     problem = f" for [rows, stride] {list(map(list, key.branches))}, grid {key.grid}, at distance {hit.distance:.2f}"
     return (
         f"{times.median:g} us ({times.low:g} to {times.high:g}{default}) on {hit.device}"
-        f"{problem if hit.distance else ''}, Triton {source.triton}, {source.date}, {hit.status}"
+        f"{problem if hit.distance else ''}, {toolchain}, {source.date}, {hit.status}"
     )

@@ -5,8 +5,71 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..config import LaunchConfig, Problem
-from ..variant import Variant
+from ..config import LaunchConfig, Problem, head_offsets
+from ..variant import Variant, is_chain
+
+CHAIN_ROWS = {False: 128, True: 512}
+"""Rows that each class of a chain's narrowest segment has a multiple of, causal or not: every tile that is likely
+divides them, and causal they are many, as of each class a tile on the diagonal is half in vain."""
+
+
+def text_for(
+    problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig, texts: frozenset[str]
+) -> Variant | None:
+    """The rendered variant that computes a branch, or a chain of them, with these tiles; None where there is none."""
+    if len(branches) == 1:
+        return variant_for(problem, branches[0], op, config, texts)
+    levels = [problem.branches[branch] for branch in branches]
+    rows, stride = levels[0][0] // levels[-1][1], levels[-1][1]
+    if rows % config.block_m or rows % config.block_n:
+        return None
+    even = problem.length % (stride * max(config.block_m, config.block_n)) == 0
+    variant = _of_chain(levels, even)
+    return variant if variant.name in texts else _of_chain(levels, even=False)
+
+
+def chain(problem: Problem, texts: frozenset[str]) -> tuple[int, ...]:
+    """The branches that one pass computes, the narrowest first; none where no text does, or the call's kind forbids it.
+
+    Dropout tells the copies of a key apart, a detached mix the branches; an order or a table of offsets would have to
+    be looked up for each class.
+    """
+    plain = problem.queries == "dilated" and problem.order == "none" and problem.mix_grad == "exact"
+    if not plain or problem.dropout or problem.head_offset == "table" or problem.query_range is not None:
+        return ()
+    found: list[int] = []
+    for branch in sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][::-1]):
+        if _extends(problem, found, branch):
+            found.append(branch)
+    while len(found) > 1:
+        if _of_chain([problem.branches[branch] for branch in found], even=False).name in texts:
+            return tuple(found)
+        found.pop()
+    return ()
+
+
+def _of_chain(levels: list[tuple[int, int]], even: bool) -> Variant:
+    return Variant(*levels[0], even=even, wider=tuple(levels[1:]))
+
+
+def _extends(problem: Problem, found: list[int], branch: int) -> bool:
+    """A branch goes on with a chain: its segments hold the earlier ones', its kept steps are among theirs."""
+    rate = problem.branches[branch][1]
+    if problem.padding == "zeros" and not problem.causal and _has_phantoms(problem, branch):
+        return False
+    if not found:
+        return True
+    levels = [problem.branches[place] for place in (*found, branch)]
+    if not is_chain(levels) or levels[0][0] // rate % CHAIN_ROWS[problem.causal]:
+        return False
+    before = levels[-2][1]
+    offsets = (head_offsets(problem.head_offset, problem.heads, r) for r in (before, rate))
+    return all((wider - narrower) % before == 0 for narrower, wider in zip(*offsets, strict=True))
+
+
+def _has_phantoms(problem: Problem, branch: int) -> bool:
+    segment = problem.segment(branch)
+    return problem.length % segment != 0 or segment % problem.branches[branch][1] != 0
 
 
 def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, texts: frozenset[str]) -> Variant | None:

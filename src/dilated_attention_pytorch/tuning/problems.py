@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .. import heuristics
+from .. import generated, heuristics
+from ..call_config import OPS as CALL_OPS
 from ..config import DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
-from ..device import Device
-from ..runtime.plan import BranchPlan, Choice, Plan
-from ..runtime.variants import acting_order, query_rows, variant_for
+from ..device import CPU, Device
+from ..runtime.plan import BranchPlan, Choice, Plan, launch_order, untuned
+from ..runtime.variants import acting_order, query_rows, text_for
 from ..workloads import WORKLOADS, named
 
 PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}
@@ -27,7 +28,7 @@ class Task:
 
     Attributes:
         key: What its winner is stored under.
-        problem: A call of this one branch.
+        problem: A call of what the launch computes alone: a branch, or several that it computes in one pass.
         op: "fwd", "dkdv" or "dq".
         merge: It merges into what an earlier branch wrote, as it does in the call that it comes from.
         workload: Where it comes from.
@@ -45,7 +46,7 @@ class Task:
     def flops(self) -> float:
         """Multiplications and additions of the launch; half of them where it is causal."""
         problem = self.problem
-        pairs = problem.batch * problem.heads * self._rows(query_rows(problem, 0)) * problem.rows(0)
+        pairs = problem.batch * problem.heads * sum(map(self._pairs, range(len(problem.branches))))
         return PRODUCTS[self.op] * pairs * problem.head_dim * (1 if problem.causal else 2)
 
     @property
@@ -58,27 +59,32 @@ class Task:
         rows = by_query * asked + (TENSORS[self.op] - by_query) * kept
         return rows * problem.head_dim * DTYPE_BYTES[problem.dtype]
 
+    def _pairs(self, branch: int) -> int:
+        """(query, key) pairs of a head."""
+        problem = self.problem
+        return problem.length * query_rows(problem, branch) // problem.segment(branch) * problem.rows(branch)
+
     def _rows(self, of_segment: int) -> int:
         return self.problem.length * of_segment // self.problem.segment(0)
 
 
 def planned(problem: Problem, config: LaunchConfig, device: Device, texts: frozenset[str]) -> Plan:
-    """A plan of one branch whose launches all take a configuration, whether or not it fits the device."""
-    choices = []
+    """A plan of a task whose launches all take a configuration, whether or not it fits the device."""
+    first, *wider = branches = tuple(range(len(problem.branches)))
+    choices: dict[str, Choice] = {}
     for op in OPS:
-        variant = variant_for(problem, 0, op, config, texts)
+        variant = text_for(problem, branches, op, config, texts)
         assert variant is not None, "the plan of the task found a text"
-        choices.append(Choice(op, 0, variant, config, "config", "tuning", ()))
+        choices[op] = Choice(op, first, variant, config, "config", "tuning", (), tuple(wider))
     segment, dilation = problem.segment(0), problem.branches[0][1]
-    branch = BranchPlan(0, segment, dilation, acting_order(problem, 0), *choices)
+    branch = BranchPlan(0, segment, dilation, acting_order(problem, 0), **choices, wider=tuple(wider))
     return Plan(problem, device, "triton", (branch,), (), "config")
 
 
 def default_config(task: Task, device: Device) -> LaunchConfig:
     """The untuned configuration that the ladder would come to, the floor included."""
     problem = task.problem
-    rows = query_rows(problem, 0), problem.rows(0)
-    found = heuristics.default(task.op, problem.head_dim, problem.dtype, *rows, device.arch)
+    found = untuned(problem, tuple(range(len(problem.branches))), task.op, device.arch)
     for config in (*found, *heuristics.FLOOR):
         need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, config, device.arch)
         if need <= device.shared_bytes:
@@ -91,11 +97,10 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
     tasks: dict[ProblemKey, Task] = {}
     work: dict[ProblemKey, float] = {}
     for workload, problem in calls:
-        order = sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
-        for place, branch in enumerate(order):
-            alone = replace(problem, branches=(problem.branches[branch],))
-            for op in OPS:
-                key = replace(ProblemKey.of(alone, op, 0), order=acting_order(alone, 0))
+        for place, branches in enumerate(launch_order(problem, generated.names())):
+            alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
+            for op in CALL_OPS if device.arch == CPU else OPS:
+                key = replace(ProblemKey.of(alone, op, *range(len(branches))), order=acting_order(alone, 0))
                 task = Task(key, alone, op, place > 0, workload)
                 if key not in tasks or task.flops > tasks[key].flops:
                     tasks[key] = task  # of several calls with one key the largest is measured

@@ -134,6 +134,9 @@ def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, s
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            element = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if not free:
