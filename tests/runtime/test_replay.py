@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,10 +37,14 @@ MADE: list[tuple[Any, ...]] = []
 
 
 class Launcher:
-    """Triton's launcher, without the launch."""
+    """Triton's launcher, in front of a function in C that only keeps what it is told."""
+
+    packed = True
+    """As from triton 3.7 on; 3.6 gives its function one argument after the other."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         """As Triton makes it."""
+        self.launch = self.told
 
     def __call__(
         self,
@@ -53,11 +59,28 @@ class Launcher:
         launch_exit_hook: Any,
         *args: Any,
     ) -> None:
-        """Told as in the C code that it stands for."""
-        if launch_enter_hook is not None:
-            launch_enter_hook(launch_metadata)
-        arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in args]
-        MADE.append((function, gridX, gridY, gridZ, stream, kernel_metadata, *arguments))
+        """To the function, with what is the launcher's own."""
+        hooks = launch_metadata, launch_enter_hook, launch_exit_hook
+        self.launch(gridX, gridY, gridZ, stream, function, "own", kernel_metadata, *hooks, *self.as_taken(args))
+
+    def as_taken(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """By the function in C."""
+        return (args,) if self.packed else args
+
+    def told(self, *given: Any) -> None:
+        """Hooks are called as in C; tensors, and those of descriptors, are kept by their addresses."""
+        *launch, metadata, enter, _ = given[:10]
+        if enter is not None:
+            enter(metadata)
+        MADE.append((*launch, *map(addressed, given[10] if self.packed else given[10:])))
+
+
+def addressed(value: Any) -> Any:
+    """What a kernel is told of an argument."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    base = getattr(value, "base", None)
+    return value if base is None else (base.data_ptr(), value.shape, value.strides, value.block_shape, value.padding)
 
 
 @pytest.fixture
@@ -141,9 +164,11 @@ def by_triton(call: Call, chosen: Plan, monkeypatch: pytest.MonkeyPatch) -> list
 @pytest.mark.parametrize(
     "problem", [pytest.param(SIDED, id="exact", marks=pytest.mark.toolchain), pytest.param(DETACHED, id="detached")]
 )
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.usefixtures("made")
-def test_a_second_call_tells_what_triton_would(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_tells_what_triton_would(problem: Problem, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An address of the first call in the second; arguments out of order; Python work that was done before."""
+    monkeypatch.setattr(Launcher, "packed", packed)
     chosen, first, second = planned(problem), Call(problem), Call(problem)
     told = first(chosen, monkeypatch)
     assert len(told) == LAUNCHES[len(problem.branches)]
@@ -206,8 +231,8 @@ def test_threads_share_what_is_kept(made: list[tuple[Any, ...]], monkeypatch: py
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(often, calls))
-    inputs = sorted(told[6:9] for told in made)
-    assert inputs == sorted([told[6:9] for told in expected] * 50)
+    inputs = sorted(told[7:10] for told in made)
+    assert inputs == sorted([told[7:10] for told in expected] * 50)
 
 
 @pytest.mark.usefixtures("made")
@@ -220,6 +245,48 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(replay._KNOWN) <= 3
 
 
+@pytest.mark.usefixtures("made")
+def test_tensors_of_a_call_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes held by what was kept of a call."""
+    call = Call(SIDED)
+    call(planned(SIDED), monkeypatch)
+    seen = [weakref.ref(tensor) for tensor in (call.q, call.k, call.dout, call.sides["mask"], *call.outputs)]
+    assert len(replay._KNOWN) == 2
+    del call
+    gc.collect()
+    assert not any(tensor() is not None for tensor in seen)
+
+
+@pytest.mark.usefixtures("made")
+def test_descriptors_are_told_anew() -> None:
+    """A tile loaded from the first call's memory; rows or strides left out."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    kernel = compiled(Launcher(None, None), "cuda")
+    rows_of = [torch.empty(8, 32) for _ in range(3)]
+
+    def launches(x: Tensor) -> list[replay.Launch]:
+        described = TensorDescriptor(x, [4, 64], [64, 1], [2, 16], padding="nan")
+        arguments = {"N": 4, "p_k": described, "p_q": x, "word": "cyclic", "p_mask": None}
+        kernel.run(3, 1, 1, 42, kernel.function, kernel.packed_metadata, None, None, None, *arguments.values())
+        return [replay.Launch(kernel, arguments, 3)]
+
+    for x in rows_of:
+        tensors = torch.empty(1), x, None
+        replay.run("kind", (), ("p_q", "p_k", "p_mask"), tensors, lambda x=x: launches(x))  # type: ignore[misc]
+    assert len({id(known) for known in replay._KNOWN.values()}) == 1
+    assert [told[8] for told in MADE] == [(x.data_ptr(), [4, 64], [64, 1], [2, 16], "nan") for x in rows_of]
+    assert [(*told[:8], *told[9:]) for told in MADE] == [
+        (3, 1, 1, 42, 7, "own", "metadata", 4, x.data_ptr(), "cyclic", None) for x in rows_of
+    ]
+
+
+def compiled(launcher: object, backend: str) -> SimpleNamespace:
+    """What Triton's function returns."""
+    metadata = SimpleNamespace(target=SimpleNamespace(backend=backend))
+    return SimpleNamespace(run=launcher, function=7, packed_metadata="metadata", metadata=metadata, name="kernel")
+
+
 def test_an_unknown_triton_launches_for_itself() -> None:
     """A launcher that takes its arguments in another order, given ours; AMD's, whose kernels tell sizes apart."""
 
@@ -227,9 +294,15 @@ def test_an_unknown_triton_launches_for_itself() -> None:
         def __call__(self, grid: tuple[int, ...], stream: int, *args: Any) -> None:
             """As some other version might."""
 
-    def compiled(launcher: object, backend: str) -> SimpleNamespace:
-        return SimpleNamespace(run=launcher, metadata=SimpleNamespace(target=SimpleNamespace(backend=backend)))
-
     ours = Launcher(None, None)
     assert replay._is_known(compiled(ours, "cuda"))
     assert not any(map(replay._is_known, (compiled(Another(), "cuda"), compiled(ours, "hip"), None)))
+
+
+def test_scratch_memory_is_taken_anew() -> None:
+    """Memory that a launcher took for the first launch, given to every other."""
+    launcher = Launcher(None, None)
+    step = replay._entry(replay.Launch(compiled(launcher, "cuda"), {}, 3), 2)
+    assert step == (launcher.launch, (3, 1, 1), (7, "own", "metadata", None, None, None), True)
+    launcher.global_scratch_size = 128
+    assert replay._entry(replay.Launch(compiled(launcher, "cuda"), {}, 3), 2)[0] is launcher
