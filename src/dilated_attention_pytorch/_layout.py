@@ -39,7 +39,12 @@ def data_dir() -> Path:
 
 def own_db_dir() -> Path:
     """Where `tune` writes: the checkout's database, or, for an installed package, a folder of the user's."""
-    return tune_db_dir() if is_checkout() else data_dir() / "tune_db"
+    return tune_db_dir() if is_checkout() else user_db_dir()
+
+
+def user_db_dir() -> Path:
+    """The user's own folder of measurements, which an installed package reads before those that it came with."""
+    return data_dir() / "tune_db"
 
 
 def _root() -> Path:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from .config import DTYPE_BYTES, Problem
 from .errors import ConfigError
 
+OPS = ("fwd", "dkdv")
+"""What is measured on a CPU: a forward, and the backward, which gives all gradients at once."""
 ROWS = ("view", "pack")
 PAGE = 4096
 """Rows a multiple of so many bytes apart share few sets of a cache."""
@@ -41,8 +43,8 @@ class CallConfig:
         """What is good where nothing was measured.
 
         Args:
-            op: "fwd"; anything else is the backward, which reads its rows several times and divides pairs alone among
-                threads, not the rows of a pair.
+            op: One of `OPS`. The backward reads its rows several times, and divides pairs among threads but not the
+                rows of a pair.
             problem: The call.
             branch: Index into its branches.
         """

@@ -19,6 +19,7 @@ from pathlib import Path
 from . import _layout, device
 from ._strict_yaml import Field
 from ._strict_yaml import load as load_yaml
+from .call_config import CallConfig
 from .config import DTYPE_BYTES, FLAGS, GRID_CAP, OPS, LaunchConfig, ProblemKey, round_rows
 from .device import Device, Toolchain
 from .errors import ConfigError, DatabaseError, MissingPackageError
@@ -30,6 +31,9 @@ FOLD = 0.05
 """A time that moved by no more than this share is the old time: tuning again what is fine changes no file."""
 NEAREST = 2.0
 """The largest distance at which a measurement of another problem still speaks for this one."""
+
+TORCH = "torch"
+"""In the place of a variant's name, where what was measured is the torch backend."""
 
 FRESH, TOOLCHAIN_STALE, KERNEL_STALE, INVALID = "fresh", "toolchain-stale", "kernel-stale", "invalid"
 
@@ -79,14 +83,24 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured winner with its evidence."""
+    """One measured winner with its evidence.
+
+    Attributes:
+        config: Of a kernel; on a CPU, of the torch backend's calls.
+    """
 
     key: ProblemKey
-    config: LaunchConfig
+    config: LaunchConfig | CallConfig
     resources: Resources
     time_us: Times
     check: Check
     provenance: Provenance
+
+    @property
+    def launch(self) -> LaunchConfig:
+        """The configuration of a kernel."""
+        assert isinstance(self.config, LaunchConfig), "`read` takes no other from a GPU's file"
+        return self.config
 
 
 @dataclass(frozen=True)
@@ -189,12 +203,13 @@ def load(root: Path | None = None) -> Database:
 
 @lru_cache
 def rendered_kernels() -> Mapping[str, tuple[str, ...]]:
-    """The committed variants by the hash of their text."""
+    """The committed variants by the hash of their text, and the torch backend by its own, under `TORCH`."""
     names: dict[str, tuple[str, ...]] = {}
     for path in sorted(_layout.generated_dir().glob("*.py")):
         digest = kernel_hash(path.read_text(encoding="utf-8"))
         names[digest] = (*names.get(digest, ()), path.stem)
-    return names
+    backend = sorted((Path(__file__).parent / "runtime").glob("torch_*.py"))
+    return names | {kernel_hash("".join(path.read_text(encoding="utf-8") for path in backend)): (TORCH,)}
 
 
 def read(path: Path) -> Mapping[ProblemKey, Entry]:
@@ -227,6 +242,9 @@ def read_as(path: Path, name: str | None = None, op: str | None = None) -> tuple
     entries: dict[ProblemKey, Entry] = {}
     for item in top["entries"].items():
         entry = _entry(item)
+        if name is not None and (path.parent.parent.name == device.CPU) != isinstance(entry.config, CallConfig):
+            kinds = "calls of the torch backend lie under cpu, launches of kernels under their architecture"
+            raise item.error(f"has the config {entry.config.name}; {kinds}", "move it, or tune it again")
         if op not in (None, entry.key.op):
             raise item.error(f"measures {entry.key.op} in {path.name}", f"move it to {entry.key.op}.yaml")
         if entry.key in entries:
@@ -285,16 +303,24 @@ def _pair(item: Field) -> tuple[int, int]:
     return rows, stride
 
 
-def _config(item: Field) -> LaunchConfig:
+def _config(item: Field) -> LaunchConfig | CallConfig:
+    try:
+        return _call_config(item) if "rows" in item.mapping() else _launch_config(item)
+    except ConfigError as error:
+        raise item.error(f"cannot be launched: {error}", "tune the entry again, or remove it") from error
+
+
+def _call_config(item: Field) -> CallConfig:
+    found = item.fields(_names(CallConfig))
+    return CallConfig(found["rows"].text(), found["pairs"].integer(1), found["share"].integer(1))
+
+
+def _launch_config(item: Field) -> LaunchConfig:
     optional = {"maxnreg", "loads"}
     found = item.fields(
         tuple(name for name in _names(LaunchConfig) if name not in optional), tuple(sorted(optional, reverse=True))
     )
-    values = {name: f.text() if name == "loads" else f.integer(1) for name, f in found.items()}
-    try:
-        return LaunchConfig(**values)  # type: ignore[arg-type]
-    except ConfigError as error:
-        raise item.error(f"cannot be launched: {error}", "tune the entry again, or remove it") from error
+    return LaunchConfig(**{name: f.text() if name == "loads" else f.integer(1) for name, f in found.items()})  # type: ignore[arg-type]
 
 
 def _times(item: Field) -> Times:
@@ -331,7 +357,8 @@ def status(entry: Entry, arch: str, toolchain: Toolchain, kernels: Mapping[str, 
         return INVALID
     if entry.provenance.kernel not in kernels:
         return KERNEL_STALE
-    if toolchain.triton not in (None, "unknown") and entry.provenance.triton != toolchain.triton:
+    compiled = arch != device.CPU and toolchain.triton not in (None, "unknown")
+    if compiled and entry.provenance.triton != toolchain.triton:
         return TOOLCHAIN_STALE
     return FRESH
 

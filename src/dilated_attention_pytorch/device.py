@@ -10,6 +10,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,8 @@ class Device:
     aliases: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
+        if self.arch == CPU:
+            return f"{self.name} ({self.sms} cores)"
         facts = [self.arch, f"{self.sms} SMs", f"{self.shared_bytes:,} bytes of shared memory a block"]
         facts += [f"L2 {self.l2_bytes / 2**20:.4g} MiB"] if self.l2_bytes else []
         facts += [f"{self.bandwidth:g} GB/s"] if self.bandwidth else []
@@ -81,6 +84,10 @@ class Device:
 
 INTERPRETER = Device(name="interpreter", arch="interpreter", sms=1, shared_bytes=1 << 30)
 """Triton's interpreter on CPU tensors: no limit of a GPU holds there."""
+
+
+CPU = "cpu"
+"""The architecture of a processor, on which the torch backend runs."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,18 @@ def _triton_version() -> str | None:
 def slug(name: str) -> str:
     """A driver's name as file names and database keys spell it: "NVIDIA L40S" -> "nvidia-l40s"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@lru_cache
+def cpu() -> Device:
+    """This machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    name = slug(next(models, "")) or slug(platform.processor()) or CPU
+    return Device(name, CPU, sms=os.cpu_count() or 1, shared_bytes=0)
 
 
 def current(where: torch.device | int | None = None) -> Device | None:

@@ -15,7 +15,7 @@ from .. import _layout, database
 from .. import device as devices
 from ..config import DTYPE_BYTES, OPS
 from ..database import FRESH, INVALID, KERNEL_STALE, Database
-from ..device import Device, Toolchain
+from ..device import CPU, Device, Toolchain
 from ..errors import ArgumentError
 from ..runtime.misses import line
 from ..tuning import changes as sides
@@ -180,7 +180,7 @@ def _compiled(rows: Iterable[Row], found: Database) -> list[Fault]:
     toolchain = Toolchain.current()
     faults = []
     for row in rows:
-        if row.status == KERNEL_STALE:
+        if row.status == KERNEL_STALE or row.arch == CPU:
             continue
         try:
             problem = ledger.recompilation(row, found.kernels, toolchain)

@@ -1,4 +1,4 @@
-"""`dilated-attention tune`: measure which configurations are fastest on this machine's GPU, and keep them."""
+"""`dilated-attention tune`: measure which configurations are fastest on this machine, and keep them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DTYPE_BYTES
+from ..device import CPU
 from ..errors import ArgumentError, UnsupportedError
 from ..workloads import WORKLOADS
 
@@ -30,11 +31,17 @@ examples:
   dilated-attention tune --from-misses misses.jsonl        what options(miss_log="misses.jsonl") collected
   dilated-attention tune --resume                          go on where a run that was stopped or killed left off
   dilated-attention tune --gpus all --shard 0/4            all GPUs of this host, the first of four hosts
+  dilated-attention tune --gpus cpu --workload readme      the torch backend on this processor
 
 Candidates are compiled in parallel, checked against the float64 reference, raced, and the best few timed again in turn.
 Every measurement goes to a journal at once; winners go to the database: of a checkout to its tune_db/, of an installed
 package to a folder of yours, which goes before the one that it came with. A winner differs from the untuned default or
 from what the database holds only where it is faster by more than noise.
+
+On a CPU, or with --gpus cpu, the torch backend is tuned: how it cuts a branch into calls of torch's kernels, whether
+they read rows in place or copies, how many pairs and how large a part of q a call takes. Name the problems there, which
+are taken in fp32 unless --dtype says otherwise. Winners go to a folder of yours, never to a checkout's tune_db/; a
+checkout reads them inside options(database=...).
 
 Exit codes: 0 every problem was tuned; 1 some were not, for want of time, of a candidate that works or of quiet;
 2 a refusal in a sentence.
@@ -45,14 +52,16 @@ def add(commands: Commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "tune",
-        help="measure the fastest configurations on this GPU and keep them",
-        description="Measure which configurations are fastest on this machine's GPU, and keep them in a database.",
+        help="measure the fastest configurations on this machine and keep them",
+        description="Measure which configurations are fastest on this machine's GPU or CPU, and keep them.",
         epilog=TUNE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_problems(parser)
     how = parser.add_argument_group("how")
-    how.add_argument("--gpus", metavar="WHICH", default="0", help="all, or indices such as 0,2 (default 0)")
+    how.add_argument(
+        "--gpus", metavar="WHICH", help="all, cpu, or indices such as 0,2 (default 0, or cpu without a GPU)"
+    )
     how.add_argument("--shard", type=_shard, metavar="i/n", default=(0, 1), help="the i-th of n hosts' part, from 0")
     how.add_argument("--budget", type=_seconds, metavar="TIME", default=math.inf, help="such as 90s, 10m or 2h")
     how.add_argument("--resume", action="store_true", help="go on with this device's last run")
@@ -90,6 +99,11 @@ def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
         calls = problems.calls_of(chosen.workload)
     else:
         calls = problems.preset(chosen.preset)
+    if device.arch == CPU and chosen.from_misses is None:
+        if not chosen.workload:
+            raise ArgumentError("a preset would take hours on a CPU: name problems with --workload or --from-misses")
+        dtypes = chosen.dtype or ["fp32"]
+        calls = [(name, replace(problem, dtype=dtype)) for name, problem in calls for dtype in dtypes]
     calls = [(name, problem) for name, problem in calls if not chosen.dtype or problem.dtype in chosen.dtype]
     tasks = problems.of_calls(calls, device)
     if not tasks:
@@ -100,34 +114,29 @@ def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
 def run(chosen: argparse.Namespace) -> int:
     """Tune, and tell what came of it."""
     from .. import _layout
-    from .. import device as devices
     from ..tuning import machine, problems, progress, summary
     from ..tuning.journal import runs_dir
     from ..tuning.tune import Settings, tune
     from .screen import read_ranking
 
-    gpus = _gpus(chosen.gpus)
-    device = devices.current(gpus[0])
-    if device is None:
-        raise UnsupportedError(
-            "torch sees no GPU to measure on; `dilated-attention screen --arch sm_90` compiles candidates for one "
-            "without it"
-        )
+    device, measuring = _machine(chosen.gpus)
     tasks = problems.shard(chosen_tasks(chosen, device), chosen.shard)
-    root = chosen.db or _layout.own_db_dir()
+    root = chosen.db or (_layout.user_db_dir() if device.arch == CPU else _layout.own_db_dir())
     if chosen.dry_run:
         _dry_run(tasks, device, root, chosen)
         return 0
     settings = Settings(
         journal=_journal(chosen.runs or runs_dir(), device.name, chosen),
         root=root,
-        gpus=tuple(f"cuda:{index}" for index in gpus),
+        gpus=measuring,
         budget_s=chosen.budget,
         limit=chosen.candidates,
         processes=chosen.processes,
     )
     if chosen.preset == "quick":
         settings = replace(settings, limit=chosen.candidates or QUICK, steps=QUICK_STEPS)
+    if device.arch == CPU:
+        settings = replace(settings, compiler=None, race_us=CPU_RACE_US, finals_us=CPU_FINALS_US)
     command = shlex.join(["dilated-attention", *sys.argv[1:]])
     ranked = read_ranking(chosen.from_screen, device) if chosen.from_screen else None
     bar = progress.shown()
@@ -136,6 +145,10 @@ def run(chosen: argparse.Namespace) -> int:
     print(json.dumps(found, indent=2) if chosen.json else summary.text(found))
     return 0 if found["tuned"] == found["problems"] and not found["noisy"] else 1
 
+
+CPU_RACE_US = 5e5
+CPU_FINALS_US = 4e6
+"""On a CPU, where a launch takes a hundred times as long and its clock is no better."""
 
 QUICK = 10
 QUICK_STEPS = 4
@@ -171,13 +184,29 @@ def _journal(folder: Path, name: str, chosen: argparse.Namespace) -> Path:
     return earlier[-1]
 
 
+def _machine(text: str | None) -> tuple[Device, tuple[str, ...]]:
+    """What is tuned for, and the torch devices that measure."""
+    from .. import device as devices
+
+    if text == "cpu" or (text is None and devices.current() is None):
+        return devices.cpu(), ("cpu",)
+    gpus = _gpus(text or "0")
+    device = devices.current(gpus[0])
+    if device is None:
+        raise UnsupportedError(
+            "torch sees no GPU to measure on; --gpus cpu tunes the torch backend for this processor, and "
+            "`dilated-attention screen --arch sm_90` compiles candidates for a GPU without it"
+        )
+    return device, tuple(f"cuda:{index}" for index in gpus)
+
+
 def _gpus(text: str) -> list[int]:
     import torch
 
     if text == "all":
         return list(range(torch.cuda.device_count())) or [0]
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ArgumentError(f"--gpus must be all or indices such as 0,2, got {text!r}")
+        raise ArgumentError(f"--gpus must be all, cpu or indices such as 0,2, got {text!r}")
     found = [int(index) for index in text.split(",")]
     if torch.cuda.is_available() and max(found) >= torch.cuda.device_count():
         raise ArgumentError(f"--gpus names {max(found)}; this machine has 0 to {torch.cuda.device_count() - 1}")

@@ -19,6 +19,10 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
     yield f"backend  {plan.backend}, lowest rung: {plan.rung}"
     for name, sentence in plan.refusals:
         yield f"         not {name}: {sentence}"
+    for calls in plan.calls:
+        if backward or calls.op == "fwd":
+            name = "forward" if calls.op == "fwd" else "backward"
+            yield f"branch {calls.branch}, {name}: calls {calls.config.name}, {calls.why}"
     told: tuple[tuple[str, str], ...] = ()
     for place, branch in enumerate(plan.branches, start=1):
         yield ""

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..call_config import CallConfig
-from ..config import GRID_CAP, Problem
+from ..config import Problem
 from .arguments import unit_stride
 from .dropout import key_bits
 from .torch_attention import Drops, Visibility, attend, attend_backward, upcast
@@ -256,10 +255,8 @@ class _Branches:
     def calls(self, branch: int, *, alone: bool = False) -> Iterator[tuple[Call, Drops | None]]:
         """The calls of a branch, with what is dropped of it; `alone` in memory, they may be larger."""
         plan, q, row = self._plan, self._q, self._offsets.rows[branch]
-        config = CallConfig.untuned(self._op, plan.problem, branch)
-        pairs = config.pairs * torch.get_num_threads() if q.device.type == "cpu" else GRID_CAP
-        pack = config.rows == "pack"
-        budget = Budget(pairs, q.numel() // (config.share * (2 if pack and not alone else 1)), pack)
+        config = plan.call_config(self._op, branch)
+        budget = Budget.of(config, q.numel(), q.device.type, alone=alone)
         drops = None
         if self._dropout is not None:
             drops = Drops(self._dropout, self._dropout.row_bits(plan.problem, branch), self._keys)

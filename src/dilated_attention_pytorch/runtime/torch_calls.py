@@ -13,7 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..config import Problem, cdiv
+from ..call_config import CallConfig
+from ..config import GRID_CAP, Problem, cdiv
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Budget:
     pairs: int
     elements: int
     pack: bool
+
+    @classmethod
+    def of(cls, config: CallConfig, elements: int, device: str, *, alone: bool = False) -> Budget:
+        """Of a configuration, for so many elements of q on a kind of device; `alone` in memory, before there is out."""
+        pack = config.rows == "pack"
+        pairs = config.pairs * torch.get_num_threads() if device == "cpu" else GRID_CAP
+        return cls(pairs, elements // (config.share * (2 if pack and not alone else 1)), pack)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .. import database
+from ..call_config import CallConfig
+from ..config import LaunchConfig
 from ..database import Check, Entry, Provenance, Times
 from ..device import Device
 from .journal import Journal, Measurement, Pick, Run
-from .space import KERNEL, Candidate
+from .space import KERNEL
 
 
 def fold(journal: Journal, picks: Iterable[Pick], device: Device, root: Path) -> list[Path]:
@@ -27,23 +29,28 @@ def fold(journal: Journal, picks: Iterable[Pick], device: Device, root: Path) ->
 
 
 def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
-    """The entry of a pick; None where it is not to be recorded: an external route, or times that spread too wide."""
+    """The entry of a pick; None where it is not to be recorded: times that spread too wide, or no Triton on record."""
     rows = [row for row in journal.measurements if row.key == pick.key and _is_of(row, pick)]
     finals = [row for row in rows if row.stage == "finals" and row.status == "ok"][-1]
-    if pick.route != KERNEL or finals.flag or run.triton is None or finals.variant is None:
+    if finals.flag or (pick.route == KERNEL and run.triton is None):
         return None
     checks = [row for row in rows if row.stage == "check" and row.error is not None and row.tolerance]
     worst = max(checks, key=lambda row: (row.error or 0.0) / (row.tolerance or 1.0))
-    assert finals.resources is not None and worst.error is not None and worst.tolerance is not None
+    assert (
+        finals.resources is not None
+        and finals.variant is not None
+        and worst.error is not None
+        and worst.tolerance is not None
+    )
     return Entry(
         key=pick.key,
-        config=Candidate(KERNEL, tuple(pick.config.items())).config,
+        config=LaunchConfig(**pick.config) if pick.route == KERNEL else CallConfig(**pick.config),  # type: ignore[arg-type]
         resources=finals.resources,
         time_us=Times(pick.median_us, pick.low_us, pick.high_us, pick.default_us, pick.second_us),
         check=Check(worst.error, worst.tolerance),
         provenance=Provenance(
             kernel=_hash_of(finals.variant),
-            triton=run.triton,
+            triton=run.triton or "none",
             torch=run.torch,
             driver=run.driver or "none",
             date=run.started[:10],

@@ -14,7 +14,7 @@ from .. import database
 from .. import device as devices
 from ..config import OPS, Problem, ProblemKey
 from ..database import FOLD, FRESH, INVALID, KERNEL_STALE, TOOLCHAIN_STALE, Database, Entry
-from ..device import LEAST_SHARED_BYTES, SHARED_BYTES, Device, Toolchain
+from ..device import CPU, LEAST_SHARED_BYTES, SHARED_BYTES, Device, Toolchain
 from ..errors import DatabaseError, DilatedAttentionError
 from ..runtime.plan import BranchPlan, Choice, plan
 from ..runtime.variants import acting_order
@@ -173,7 +173,7 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
     problem = asking(entry.key, variant)
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
-    fwd, dkdv, dq = (Choice(op, 0, variant, entry.config, "exact", "", ()) for op in OPS)
+    fwd, dkdv, dq = (Choice(op, 0, variant, entry.launch, "exact", "", ()) for op in OPS)
     branch = BranchPlan(
         0, problem.segment(0), problem.branches[0][1], acting_order(problem, 0), fwd=fwd, dkdv=dkdv, dq=dq
     )
@@ -236,9 +236,11 @@ def _measured(entry: Entry, kernels: Mapping[str, tuple[str, ...]]) -> Variant |
 
 
 def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
-    problem = asking(row.entry.key, _measured(row.entry, found.kernels))
+    on_cpu = row.arch == CPU
+    problem = asking(row.entry.key, None if on_cpu else _measured(row.entry, found.kernels))
     if problem is None:
         yield "no call is looked up under this key; remove the entry"
+    if problem is None or on_cpu:
         return
     toolchain = Toolchain(row.entry.provenance.triton)
     try:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 
 from .. import database
-from ..device import Device, Toolchain, slug
+from ..device import CPU, INTERPRETER, Device, Toolchain
 from .journal import Run
-from .screening import cores
-
-
-def cpu() -> Device:
-    """This machine's processor, for the torch backend."""
-    name = slug(platform.processor() or platform.machine()) or "cpu"
-    return Device(name=name, arch="cpu", sms=cores(), shared_bytes=0)
 
 
 def run_row(device: Device, command: str) -> Run:
     """The first line of a run on a device."""
-    gpu = device.arch not in ("cpu", "interpreter")
+    gpu = device.arch not in (CPU, INTERPRETER.arch)
     return Run(
         device=device.name,
         arch=device.arch,
         sms=device.sms,
         shared_bytes=device.shared_bytes,
         bandwidth=device.bandwidth or None,
-        triton=None if device.arch == "cpu" else Toolchain.current().triton,
+        triton=None if device.arch == CPU else Toolchain.current().triton,
         torch=metadata.version("torch"),
         driver=driver() if gpu else None,
         command=command,

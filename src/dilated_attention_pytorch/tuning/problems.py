@@ -96,10 +96,11 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
     """The launches of (workload, call) pairs, one a key, by weight."""
     tasks: dict[ProblemKey, Task] = {}
     work: dict[ProblemKey, float] = {}
+    on_cpu = device.arch == CPU
     for workload, problem in calls:
-        for place, branches in enumerate(launch_order(problem, generated.names())):
+        for place, branches in enumerate(launch_order(problem, frozenset() if on_cpu else generated.names())):
             alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
-            for op in CALL_OPS if device.arch == CPU else OPS:
+            for op in CALL_OPS if on_cpu else OPS:
                 key = replace(ProblemKey.of(alone, op, *range(len(branches))), order=acting_order(alone, 0))
                 task = Task(key, alone, op, place > 0, workload)
                 if key not in tasks or task.flops > tasks[key].flops:

@@ -19,7 +19,7 @@ from ..runtime import torch_backend
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.launch import branch_values, prepared, run_kernel, shared_values
-from ..runtime.plan import Plan
+from ..runtime.plan import CallChoice, Plan
 from .problems import planned
 from .space import CUDNN, KERNEL, TORCH, Candidate
 
@@ -112,7 +112,9 @@ def kernel(scene: Scene, candidate: Candidate) -> Launcher:
 
 def torch_route(scene: Scene, candidate: Candidate) -> Launcher:
     """The torch backend. It allocates its results itself, as it does for a user."""
-    plan = Plan(scene.problem, None, "torch", (), (), "torch")
+    config = candidate.call_config
+    measured = () if config is None else (CallChoice(scene.op, 0, config, "tuning"),)
+    plan = Plan(scene.problem, None, "torch", (), (), "torch", measured)
     sides: dict[str, Any] = {
         "scale": scene.scale,
         "index": scene.index,

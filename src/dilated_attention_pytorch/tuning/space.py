@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .. import heuristics
-from ..config import LaunchConfig, next_power_of_two
-from ..device import Device
+from ..call_config import ROWS, CallConfig
+from ..config import LaunchConfig, head_offsets, next_power_of_two
+from ..device import CPU, Device
+from ..runtime.torch_calls import Budget, calls
 from ..runtime.variants import query_rows
 from .problems import Task, default_config
 
@@ -30,22 +32,27 @@ class Candidate:
     """One way to run a task.
 
     Attributes:
-        route: "kernel" (ours), or an external route: "torch", "cudnn".
-        choices: Values by name; those of a `LaunchConfig` for a kernel.
+        route: "kernel" (ours), or an external route: "torch", which is ours on a CPU, or "cudnn".
+        choices: Values by name; those of a `LaunchConfig` for a kernel, of a `CallConfig` for the torch backend.
     """
 
     route: str
     choices: tuple[tuple[str, int | str], ...] = ()
 
     @classmethod
-    def of(cls, config: LaunchConfig) -> Candidate:
-        """Our kernel with this configuration."""
-        return cls(KERNEL, tuple(config.to_dict().items()))
+    def of(cls, config: LaunchConfig | CallConfig) -> Candidate:
+        """Our kernel, or the torch backend, with this configuration."""
+        return cls(KERNEL if isinstance(config, LaunchConfig) else TORCH, tuple(config.to_dict().items()))
 
     @property
     def config(self) -> LaunchConfig:
         """The configuration of a kernel."""
         return LaunchConfig(**dict(self.choices))  # type: ignore[arg-type]
+
+    @property
+    def call_config(self) -> CallConfig | None:
+        """The configuration of the torch backend; None where it takes its own default."""
+        return CallConfig(**dict(self.choices)) if self.choices else None  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -118,11 +125,22 @@ COORDINATES = (
 """The fields of a configuration. No text loads by descriptor yet: the one that does adds the value here."""
 
 
-def space(task: Task, device: Device) -> list[Candidate]:
-    """Every kernel candidate of a task on a device, the most promising first, the untuned default leading.
+CALL_COORDINATES = (
+    Coordinate("rows", _fixed(*ROWS), _fixed(*ROWS)),
+    Coordinate("pairs", _fixed(1, 2, 4), _fixed(1, 2, 4)),
+    Coordinate("share", _fixed(2, 4, 8, 16), _fixed(2, 4, 8, 16)),
+)
+"""The fields of a `CallConfig`. Half of q packed takes as much memory again as the output."""
 
-    Promising is near the default: so few steps of a factor of two away.
+
+def space(task: Task, device: Device) -> list[Candidate]:
+    """Every candidate of a task on a device, the most promising first, the untuned default leading.
+
+    Promising is near the default: so few steps of a factor of two away. Candidates are kernels; on a CPU, ways to cut a
+    branch into calls of torch's.
     """
+    if device.arch == CPU:
+        return _ways_to_call(task, device)
     default = default_config(task, device)
     grid = itertools.product(*(c.values(task, device) for c in COORDINATES))
     found = {config for values in grid if _allowed(task, device, config := _config(values))}
@@ -148,6 +166,31 @@ def neighbours(task: Task, device: Device, candidate: Candidate) -> list[Candida
     return found
 
 
+def _ways_to_call(task: Task, device: Device) -> list[Candidate]:
+    """Of the torch backend's configurations those that cut otherwise than the ones before."""
+    default = CallConfig.untuned(task.op, task.problem, 0)
+    grid = itertools.product(*(c.values(task, device) for c in CALL_COORDINATES))
+    others = {CallConfig(*values) for values in grid} - {default}  # type: ignore[arg-type]
+    ranked = (default, *sorted(others, key=lambda config: (_changes(config, default), config)))
+    first = {_cut(task, config): config for config in reversed(ranked)}
+    return [Candidate.of(config) for config in ranked if config in first.values()]
+
+
+def _cut(task: Task, config: CallConfig) -> str:
+    """The calls that a configuration makes, as text and but for the tokens that an order has them read."""
+    problem = replace(task.problem, order="none")
+    rule = "cyclic" if problem.head_offset == "table" else problem.head_offset
+    offsets = head_offsets(rule, problem.heads, problem.branches[0][1])
+    budget = Budget.of(config, problem.batch * problem.length * problem.heads * problem.head_dim, CPU)
+    return repr(list(calls(problem, 0, offsets, None, budget)))
+
+
+def _changes(config: CallConfig, default: CallConfig) -> float:
+    """Steps of a factor of two, and one for rows that are read otherwise."""
+    octaves = (abs(math.log2(getattr(config, name) / getattr(default, name))) for name in ("pairs", "share"))
+    return sum(octaves) + (config.rows != default.rows)
+
+
 def rivals(task: Task, device: Device) -> list[Candidate]:
     """External routes that could run in a kernel's place: what the user would have written. Timed, never recorded.
 
@@ -155,8 +198,8 @@ def rivals(task: Task, device: Device) -> list[Candidate]:
     all launches that it stands for.
     """
     problem = task.problem
-    if len(problem.branches) > 1:
-        return []  # what mixes the branches would be another's work
+    if len(problem.branches) > 1 or device.arch == CPU:
+        return []  # what mixes the branches would be another's work; on a CPU the torch backend is what is tuned
     dense = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
     whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
     together = problem.heads == problem.kv_heads or problem.branches[0][1] == 1  # heads of a group keep the same steps

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .. import database, generated
 from ..config import ProblemKey
 from ..database import Resources
-from ..device import Device
+from ..device import CPU, Device
 from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
@@ -27,7 +27,7 @@ from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
 from .search import FINALISTS, STEPS, Request, Search, Verdict, search
-from .space import KERNEL, Candidate
+from .space import KERNEL, TORCH, Candidate
 from .worker import Lost, NoStart, Raised, Worker, wait_for_any
 
 CANDIDATE_S = 60.0
@@ -57,6 +57,8 @@ class Settings:
         steps: Candidates that the step around the best adds at most.
         processes: That compile; None is one a core that no GPU's process needs.
         candidate_s: Seconds that a check or a timing may take.
+        race_us: Microseconds that a candidate runs in the race, and
+        finals_us: in the finals.
         routes: Ways to run a task; a rival that has none takes no part. Tests put stand-ins.
         measurer: What measures, in a process for each of `gpus`.
         compiler: What compiles, in processes of its own; None compiles nothing: the interpreter, a CPU.
@@ -71,6 +73,8 @@ class Settings:
     steps: int = STEPS
     processes: int | None = None
     candidate_s: float = CANDIDATE_S
+    race_us: float = RACE_US
+    finals_us: float = FINALS_US
     routes: Mapping[str, Route] = field(default_factory=lambda: ROUTES)
     measurer: Callable[[str, Device, Mapping[str, Route]], Callable[[Job], Answer]] = bench
     compiler: Setup | None = compiler
@@ -200,6 +204,7 @@ class _Tuning:
         self._tasks = tasks
         self._waiting = deque(task for task in tasks if task.key not in picked)
         self._texts = generated.names()
+        self._route = TORCH if device.arch == CPU else KERNEL  # what can win
 
     def go(self) -> Journal:
         """Until every task is done, or the budget is spent."""
@@ -282,7 +287,7 @@ class _Tuning:
         """What is given or the database has for this very key; a resumed run keeps to what it began with."""
         for row in self._journal.problems:
             if row.key == task.key:
-                return None if row.incumbent is None else Candidate(KERNEL, tuple(row.incumbent.items()))
+                return None if row.incumbent is None else Candidate(self._route, tuple(row.incumbent.items()))
         if task.key in self._incumbents or self._settings.root is None:
             return self._incumbents.get(task.key)
         entries = database.load(self._settings.root).entries(self._device.arch, self._device.name, task.op)
@@ -374,7 +379,7 @@ class _Tuning:
                 self._pool.submit(_Label(active, active.request, place), job, urgent=bool(active.resources))
                 active.compiling += 1
             elif not ragged:
-                nothing = Resources(0, 0, 0) if candidate.route == KERNEL else None
+                nothing = Resources(0, 0, 0) if candidate.route == self._route else None
                 active.answers[place] = replace(self._row(active, candidate, "screen", "ok"), resources=nothing)
                 self._remember(active, candidate, active.answers[place])
                 self._write(active.answers[place])
@@ -428,7 +433,7 @@ class _Tuning:
         self._progress.note(f"{task.op} {task.key.branches}: {request.stage} {candidates[0].name}")
         if request.stage == "check":
             return CheckJob(task, candidates[0], request.ragged)
-        budget = FINALS_US if request.stage == "finals" else RACE_US
+        budget = self._settings.finals_us if request.stage == "finals" else self._settings.race_us
         return TimeJob(task, candidates, budget, request.limit_us)
 
     def _take_measured(self) -> None:
@@ -485,7 +490,7 @@ class _Tuning:
         return replace(row, median_us=found.median, low_us=found.low, high_us=found.high, flag=flag)
 
     def _row(self, active: _Active, candidate: Candidate, stage: str, status: str, *, message: str = "") -> Measurement:
-        variant = None
+        variant = database.TORCH if candidate.route == TORCH == self._route else None
         if candidate.route == KERNEL:
             branch = planned(active.task.problem, candidate.config, self._device, self._texts).branches[0]
             variant = getattr(branch, active.task.op).variant.name
