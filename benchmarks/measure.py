@@ -79,7 +79,7 @@ def measure(
     run.check(ours, without or {})
     run.time("forward", lambda attend, *tensors: forward_call(attend, *tensors[:3]))
     if case.level == "kernels":
-        run.time("backward", _backward, gradients=True)
+        run.time("backward", _Backward, gradients=True)
     else:
         run.time("both", both_call, gradients=True)
         run.beside_the_times(host=case.level == "operations")
@@ -172,16 +172,26 @@ def _host(attend: Attend, tensors: Sequence[Tensor], where: torch.device) -> dic
     calls = {
         "forward": forward_call(attend, *tensors[:3]),
         "autograd forward": lambda: attend(*inputs),
-        "backward": _backward(attend, *tensors),
+        "backward": _Backward(attend, *tensors),
     }
     return {name: round(host_us(call, where), 1) for name, call in calls.items()}
 
 
-def _backward(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Call:
-    """The backward by itself, of one forward."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend(*inputs)
-    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+class _Backward:
+    """The backward by itself. Each has a forward of its own: what `torch.compile` makes keeps nothing for a second."""
+
+    def __init__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+        self._inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        self._attend, self._dout = attend, dout
+        self._outs: list[Tensor] = []
+
+    def before(self) -> None:
+        """A forward for one call."""
+        self._outs.append(self._attend(*self._inputs))
+
+    def __call__(self) -> object:
+        """All three gradients."""
+        return torch.autograd.grad(self._outs.pop(), self._inputs, self._dout)
 
 
 # ---- Inputs ----------------------------------------------------------------------------------------------------------

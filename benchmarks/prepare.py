@@ -43,10 +43,11 @@ class Prepared:
 def jobs(cases: Sequence[Case], where: torch.device) -> list[Job]:
     """All that compile: of each case its contenders, whole operations first, as they take longest.
 
-    FlashAttention-4 compiles one kernel for all lengths.
+    FlashAttention-4 compiles one kernel for all lengths; the cases of a scale share theirs, and need the whole GPU.
     """
     found: dict[tuple[object, ...], Job] = {}
-    for case in sorted(cases, key=lambda case: case.level != "operations"):
+    compiling = [case for case in cases if case.level in ("operations", "kernels")]
+    for case in sorted(compiling, key=lambda case: case.level != "operations"):
         for name, contender in contenders(case, where).items():
             if contender.compiles:
                 one_for_all = name == FLASH_4

@@ -89,7 +89,7 @@ def run(
         for together in _batches(cases):
             if left() <= 0:
                 break
-            wanted = prepare.jobs([case for case in together if case.level != "latency"], where) if processes else []
+            wanted = prepare.jobs(together, where) if processes else []
             prepared = prepare.prepare(wanted, str(where), PREPARING * left(), display.note, processes)
             for case in together:
                 if left() <= 0:
@@ -98,13 +98,7 @@ def run(
                 start = time.monotonic()
                 display.begin(case.name)
                 try:
-                    if case.level == "latency":
-                        rows = latency.measure(case, where, display.note)
-                    else:
-                        who = participants(case, where)
-                        rows = measure.measure(
-                            case, who, where, settings, ours=OURS, without=without, note=display.note
-                        )
+                    rows = _rows(case, where, settings, participants, without, display.note)
                 except Sticky as spoiled:
                     document["spoiled"].setdefault(case.name, {})[str(spoiled)] = measure.told(spoiled.__cause__)
                     results.save(document, path)
@@ -118,6 +112,24 @@ def run(
     _drop_empty_runs(document)
     results.save(document, path)
     return document
+
+
+def _rows(
+    case: Case,
+    where: torch.device,
+    settings: Settings,
+    participants: Contenders,
+    without: Mapping[str, str],
+    note: Callable[[str], None],
+) -> Mapping[str, Any]:
+    """Of a case; where there is no memory for its inputs, nobody has one but for that reason."""
+    if case.level == "latency":
+        return latency.measure(case, where, note)
+    who = participants(case, where)
+    try:
+        return measure.measure(case, who, where, settings, ours=OURS, without=without, note=note)
+    except torch.OutOfMemoryError as error:
+        return {name: {"failed": f"no memory for the inputs: {measure.told(error)}"} for name in who}
 
 
 def again() -> None:

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.tuning.measure import interval
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 Call = Callable[[], object]
+"""What is timed. Where it has a `before`, that runs ahead, once for every call, and is not timed."""
 
 PATIENCE = 10.0
 """Seconds after which no further round begins, once there are `LEAST_ROUNDS`: a slow machine gets fewer."""
@@ -114,10 +115,12 @@ class _CpuClock:
 
     def prepare(self, name: str, call: Call) -> None:
         """Run it unmeasured."""
+        _before(call)
         call()
 
     def once(self, name: str, call: Call) -> float:
         """Milliseconds of one call."""
+        _before(call)
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
@@ -132,7 +135,9 @@ class _GpuClock:
 
     def prepare(self, name: str, call: Call) -> None:
         """Run it unmeasured, and find out how long the host takes."""
+        _before(call)
         call()
+        _before(call)
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
@@ -143,6 +148,7 @@ class _GpuClock:
     def once(self, name: str, call: Call) -> float:
         """Milliseconds of one call."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _before(call)
         self._flushed.zero_()
         torch.cuda._sleep(self._cycles[name])
         start.record()
@@ -152,13 +158,20 @@ class _GpuClock:
         return float(start.elapsed_time(stop))
 
 
+def _before(call: Call) -> None:
+    if hasattr(call, "before"):
+        call.before()
+
+
 HOST_CALLS, HOST_SERIES = 5, 7
 
 
 def host_us(call: Call, device: torch.device) -> float:
-    """Microseconds that the host takes to queue a call: the median of series, each short enough to fit the queue."""
+    """Microseconds that the host takes to queue a call: the median of series that are short enough for the queue."""
     taken = []
     for _ in range(HOST_SERIES):
+        for _ in range(HOST_CALLS):
+            _before(call)
         _wait(device)
         start = time.perf_counter()
         for _ in range(HOST_CALLS):
