@@ -188,7 +188,7 @@ def _checked(
 
 def _facts(call: Call, order: TokenOrder | None, backend: str | None, backward: bool) -> dict[str, str]:
     """All that a call has in common on all ranks, in words."""
-    problem = call.problem
+    problem, options = call.problem, option_values.current()
     return {
         "the call": "dilated_attention",
         "dtype": problem.dtype,
@@ -211,7 +211,9 @@ def _facts(call: Call, order: TokenOrder | None, backend: str | None, backward: 
         "whether gradients are recorded": str(backward),
         "whether atomics are excluded": str(problem.deterministic),
         "the precision of float32": "tf32" if problem.tf32 else "ieee",
-        "the database digest": _digest(option_values.current().database),
+        "options(config=...)": str({op: config.name for op, config in options.config}),
+        "options(on_miss=...)": options.on_miss,
+        "the database digest": _digest(options.database),
     }
 
 
