@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime import launch, replay
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.dropout import Dropout
+from dilated_attention_pytorch.runtime.entry import entry
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Plan, plan
 
@@ -63,24 +65,37 @@ class Launcher:
         hooks = launch_metadata, launch_enter_hook, launch_exit_hook
         self.launch(gridX, gridY, gridZ, stream, function, "own", kernel_metadata, *hooks, *self.as_taken(args))
 
-    def as_taken(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def as_taken(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """By the function in C."""
-        return (args,) if self.packed else args
+        return (args,) if self.packed else tuple(args)
 
     def told(self, *given: Any) -> None:
-        """Hooks are called as in C; tensors, and those of descriptors, are kept by their addresses."""
+        """Hooks are called as in C; tensors are kept by their addresses."""
         *launch, metadata, enter, _ = given[:10]
         if enter is not None:
             enter(metadata)
-        MADE.append((*launch, *map(addressed, given[10] if self.packed else given[10:])))
+        arguments = given[10] if self.packed else given[10:]
+        MADE.append((*launch, *(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)))
 
 
-def addressed(value: Any) -> Any:
-    """What a kernel is told of an argument."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    base = getattr(value, "base", None)
-    return value if base is None else (base.data_ptr(), value.shape, value.strides, value.block_shape, value.padding)
+class Describing(Launcher):
+    """With tensor descriptors, which it encodes in front of its function, as Triton's does."""
+
+    def __init__(self) -> None:
+        """Counts what it encoded."""
+        launcher, self.encodings = self.told, 0
+
+        def encoded(value: Any) -> list[Any]:
+            if not hasattr(value, "base"):
+                return [value]
+            self.encodings += 1
+            return [("map", value.base.data_ptr(), *value.block_shape, value.padding), *value.shape, *value.strides]
+
+        def inner(*args: Any) -> Any:
+            front, arguments = (args[:-1], args[-1]) if self.packed else (args[:10], args[10:])
+            return launcher(*front, *self.as_taken([part for value in arguments for part in encoded(value)]))
+
+        self.launch = inner
 
 
 @pytest.fixture
@@ -257,28 +272,38 @@ def test_tensors_of_a_call_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(tensor() is not None for tensor in seen)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.usefixtures("made")
-def test_descriptors_are_told_anew() -> None:
-    """A tile loaded from the first call's memory; rows or strides left out."""
+def test_descriptors_are_encoded_once_an_address(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of the first call's memory; rows or strides left out; microseconds for what was encoded before."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kernel = compiled(Launcher(None, None), "cuda")
-    rows_of = [torch.empty(8, 32) for _ in range(3)]
+    monkeypatch.setattr(Launcher, "packed", packed)
+    launcher = Describing()
+    kernel = compiled(launcher, "cuda")
+    every = [torch.empty(8, 32) for _ in range(3)]
 
-    def launches(x: Tensor) -> list[replay.Launch]:
-        described = TensorDescriptor(x, [4, 64], [64, 1], [2, 16], padding="nan")
-        arguments = {"N": 4, "p_k": described, "p_q": x, "word": "cyclic", "p_mask": None}
-        kernel.run(3, 1, 1, 42, kernel.function, kernel.packed_metadata, None, None, None, *arguments.values())
+    def launches(k: Tensor, v: Tensor) -> list[replay.Launch]:
+        described = (TensorDescriptor(x, [4, 64], [64, 1], [2, 16], padding="nan") for x in (k, v))
+        arguments = {"N": 4, **dict(zip(("p_k", "p_v"), described, strict=True)), "p_q": v, "word": "x", "p_mask": None}
+        launcher(3, 1, 1, 42, kernel.function, kernel.packed_metadata, None, None, None, *arguments.values())
         return [replay.Launch(kernel, arguments, 3)]
 
-    for x in rows_of:
-        tensors = torch.empty(1), x, None
-        replay.run("kind", (), ("p_q", "p_k", "p_mask"), tensors, lambda x=x: launches(x))  # type: ignore[misc]
-    assert len({id(known) for known in replay._KNOWN.values()}) == 1
-    assert [told[8] for told in MADE] == [(x.data_ptr(), [4, 64], [64, 1], [2, 16], "nan") for x in rows_of]
-    assert [(*told[:8], *told[9:]) for told in MADE] == [
-        (3, 1, 1, 42, 7, "own", "metadata", 4, x.data_ptr(), "cyclic", None) for x in rows_of
-    ]
+    def call(k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        names = ("other", "p_k", "p_v", "p_q", "p_mask")
+        replay.run("kind", (), names, (torch.empty(1), k, v, v, None), lambda: launches(k, v))
+        return MADE[-1]
+
+    for k in every:
+        for v in every:
+            told = call(k, v)
+            assert told == (*MADE[0][:7], *told[7:])
+            maps = [[("map", x.data_ptr(), 2, 16, "nan"), 4, 64, 64, 1] for x in (k, v)]
+            assert [*told[7:]] == [4, *maps[0], *maps[1], v.data_ptr(), "x", None]
+    assert len(replay._KNOWN) == 1
+    before = launcher.encodings
+    call(every[0], every[2])
+    assert launcher.encodings == before
 
 
 def compiled(launcher: object, backend: str) -> SimpleNamespace:
@@ -287,7 +312,7 @@ def compiled(launcher: object, backend: str) -> SimpleNamespace:
     return SimpleNamespace(run=launcher, function=7, packed_metadata="metadata", metadata=metadata, name="kernel")
 
 
-def test_an_unknown_triton_launches_for_itself() -> None:
+def test_an_unknown_triton_launches_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher that takes its arguments in another order, given ours; AMD's, whose kernels tell sizes apart."""
 
     class Another:
@@ -295,14 +320,18 @@ def test_an_unknown_triton_launches_for_itself() -> None:
             """As some other version might."""
 
     ours = Launcher(None, None)
-    assert replay._is_known(compiled(ours, "cuda"))
-    assert not any(map(replay._is_known, (compiled(Another(), "cuda"), compiled(ours, "hip"), None)))
+    assert entry(compiled(ours, "cuda"), 3, 2)
+    assert not any(entry(other, 3, 2) for other in (compiled(Another(), "cuda"), compiled(ours, "hip"), None))
+    monkeypatch.setattr("triton.__version__", "4.0.0")
+    found = entry(compiled(ours, "cuda"), 3, 2)
+    assert found and found.launch is ours
 
 
 def test_scratch_memory_is_taken_anew() -> None:
     """Memory that a launcher took for the first launch, given to every other."""
     launcher = Launcher(None, None)
-    step = replay._entry(replay.Launch(compiled(launcher, "cuda"), {}, 3), 2)
-    assert step == (launcher.launch, (3, 1, 1), (7, "own", "metadata", None, None, None), True)
+    found = entry(compiled(launcher, "cuda"), 3, 2)
+    assert found == (launcher.launch, (3, 1, 1), (7, "own", "metadata", None, None, None), True, None)
     launcher.global_scratch_size = 128
-    assert replay._entry(replay.Launch(compiled(launcher, "cuda"), {}, 3), 2)[0] is launcher
+    found = entry(compiled(launcher, "cuda"), 3, 2)
+    assert found == (launcher, (3, 1, 1), (7, "metadata", None, None, None), False, None)

@@ -6,12 +6,11 @@ this calls instead, takes 2 to 3. Nothing is measured or chosen here: the launch
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import partial, reduce
+from itertools import count
 from operator import itemgetter, or_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,8 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .entry import Entry, entry
+
 KEPT = 1024
 """Kinds of calls that are kept; beyond them all are forgotten at once."""
+
+ENCODINGS = 64
+"""Addresses for which a tensor descriptor is kept as encoded, likewise."""
 
 ALIGNMENT = 16
 """Bytes. Triton compiles another kernel for pointers that are no multiples of it."""
@@ -82,25 +86,38 @@ def _on(tensor: Tensor | None) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+class Encoded:
+    """A tensor descriptor as the kernel takes it, by address: memory that is freed and taken again has few."""
+
+    def __init__(self, place: int, encode: Callable[[int], Any]) -> None:
+        """`place` is its address's among the call's."""
+        self._place, self._encode = place, encode
+        self._known: dict[int, Any] = {}
+
+    def at(self, addresses: list[int]) -> Any:
+        """Of a call."""
+        address = addresses[self._place]
+        found = self._known.get(address)
+        if found is None:
+            if len(self._known) >= ENCODINGS:
+                self._known.clear()
+            found = self._known[address] = self._encode(address)
+        return found
+
+
 class Step(NamedTuple):
     """A launch to make again.
 
     Attributes:
-        call: What launches.
-        before: What it is given in front of the stream.
-        behind: What it is given between the stream and the kernel's arguments.
-        packed: It takes those as one tuple.
+        entry: What launches.
         constants: Arguments that are no addresses of the call.
-        described: Tensor descriptors among the arguments: where the address is found, and the rest.
-        pick: All arguments, from the call's addresses, then `constants`, then the descriptors.
+        encoded: Tensor descriptors.
+        pick: All arguments, from the call's addresses, then `constants`, then `encoded`.
     """
 
-    call: Callable[..., None]
-    before: tuple[Any, ...]
-    behind: tuple[Any, ...]
-    packed: bool
+    entry: Entry
     constants: list[Any]
-    described: list[tuple[int, dict[str, Any]]]
+    encoded: list[Encoded]
     pick: Callable[[list[Any]], tuple[Any, ...]]
 
 
@@ -135,24 +152,12 @@ class Recording:
                 self.replay(addresses)
             return
         stream = active.get_current_stream(self.device)
-        for call, before, behind, packed, constants, described, pick in self.steps:
-            values = addresses + constants
-            if described:
-                values += [SimpleNamespace(base=_Base(addresses[place]), **rest) for place, rest in described]
+        for (launch, before, behind, packed, _), constants, encoded, pick in self.steps:
+            arguments = pick(addresses + constants + [descriptor.at(addresses) for descriptor in encoded])
             if packed:
-                call(*before, stream, *behind, pick(values))
+                launch(*before, stream, *behind, arguments)
             else:
-                call(*before, stream, *behind, *pick(values))
-
-
-class _Base(NamedTuple):
-    """A tensor, to who asks for nothing but its address."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        """Of its first element."""
-        return self.address
+                launch(*before, stream, *behind, *arguments)
 
 
 # ---- The first call, taken down --------------------------------------------------------------------------------------
@@ -162,43 +167,67 @@ def _recorded(
     owners: tuple[object, ...], launches: tuple[Launch, ...], addresses: Mapping[str, int]
 ) -> Recording | None:
     """The launches to make again; None where Triton is not as known here, or its interpreter runs."""
-    if not launches or not all(_is_known(launch.compiled) for launch in launches):
-        return None
     from triton import knobs
     from triton.runtime import driver
 
-    steps = tuple(_step(launch, addresses, owners) for launch in launches)
+    steps = []
+    for launch in launches:
+        step = _step(launch, addresses, owners)
+        if step is None:
+            return None
+        steps.append(step)
     kept = owners, tuple(launch.compiled for launch in launches)
-    return Recording(kept, steps, driver, knobs, driver.active.get_current_device())
+    return Recording(kept, tuple(steps), driver, knobs, driver.active.get_current_device())
 
 
-def _step(launch: Launch, addresses: Mapping[str, int], owners: tuple[object, ...]) -> Step:
-    constants: list[Any] = []
-    described: list[tuple[int, dict[str, Any]]] = []
-    sources: list[tuple[int, int]] = []
+class _Slot(NamedTuple):
+    """The tensor of a call in this place, to who asks for nothing but its address."""
+
+    place: int
+    address: int
+
+    def data_ptr(self) -> int:
+        """Of its first element."""
+        return self.address
+
+
+def _step(launch: Launch, addresses: Mapping[str, int], owners: tuple[object, ...]) -> Step | None:
+    found = entry(launch.compiled, launch.programs, len(launch.arguments))
+    if found is None:
+        return None
+    given: list[Any] = []
+    described: list[int] = []
     for name, value in launch.arguments.items():
-        tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
-        place = None if tensor is None else _place(name, tensor.data_ptr(), addresses)
-        if place is None:
-            assert tensor is None or _is_owned(tensor, owners), f"{name} of {launch.compiled.name} is not of the call"
-            sources.append((1, len(constants)))
-            constants.append(value if tensor is None else tensor.data_ptr())
-        elif tensor is value:
-            sources.append((0, place))
+        tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)  # of a tensor descriptor
+        if tensor is None:
+            given.append(value)
+            continue
+        slot = _slot(name, tensor, addresses)
+        assert slot is not None or _is_owned(tensor, owners), f"{name} of {launch.compiled.name} is not of the call"
+        if tensor is not value:
+            if slot is None or found.expand is None:
+                return None
+            described.append(len(given))
+            given.append(SimpleNamespace(**{**vars(value), "base": slot}))
         else:
-            sources.append((2, len(described)))
-            described.append((place, {part: told for part, told in vars(value).items() if part != "base"}))
-    starts = 0, len(addresses), len(addresses) + len(constants)
-    pick = itemgetter(*(starts[source] + place for source, place in sources))
-    return Step(*_entry(launch, len(sources)), constants, described, pick)
+            given.append(tensor.data_ptr() if slot is None else slot)
+    items = _encoded(found.expand, given, described) if found.expand and described else given
+    constants = [item for item in items if not isinstance(item, (_Slot, Encoded))]
+    encoded = [item for item in items if isinstance(item, Encoded)]
+    of_constants, of_encoded = count(len(addresses)), count(len(addresses) + len(constants))
+    places = [
+        item.place if isinstance(item, _Slot) else next(of_encoded if isinstance(item, Encoded) else of_constants)
+        for item in items
+    ]
+    return Step(found, constants, encoded, itemgetter(*places))
 
 
-def _place(name: str, address: int, addresses: Mapping[str, int]) -> int | None:
+def _slot(name: str, tensor: Tensor, addresses: Mapping[str, int]) -> _Slot | None:
     """Which of the call's tensors an argument is: the one of its name, unless another took its place."""
-    names = list(addresses)
+    address, names = tensor.data_ptr(), list(addresses)
     if addresses.get(name) == address:
-        return names.index(name)
-    return next((place for place, other in enumerate(names) if addresses[other] == address), None)
+        return _Slot(names.index(name), address)
+    return next((_Slot(place, address) for place, other in enumerate(names) if addresses[other] == address), None)
 
 
 def _is_owned(tensor: Tensor, owners: tuple[object, ...]) -> bool:
@@ -207,48 +236,21 @@ def _is_owned(tensor: Tensor, owners: tuple[object, ...]) -> bool:
     return any(isinstance(owner, Tensor) and owner.untyped_storage().data_ptr() == address for owner in owners)
 
 
-def _entry(launch: Launch, count: int) -> tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...], bool]:
-    """What launches, what it is given in front of and behind the stream, and whether arguments come as one tuple.
-
-    Triton's launcher calls a function in C, with what is the same at every launch unless it takes scratch memory: that
-    function is what launches, and a copy of the launcher tells what it is given.
-    """
-    compiled, launcher = launch.compiled, launch.compiled.run
-    grid, behind = (launch.programs, 1, 1), (compiled.function, compiled.packed_metadata, None, None, None)
-    if not _is_stateless(launcher):
-        return launcher, grid, behind, False
-    told: list[tuple[Any, ...]] = []
-    teller = copy(launcher)
-    teller.launch = lambda *given: told.append(given)
-    stream, arguments = object(), tuple(object() for _ in range(count))
-    teller(*grid, stream, *behind, *arguments)
-    given = told[0]
-    packed = given[-1] == arguments
-    place, end = given.index(stream), len(given) - (1 if packed else count)
-    return launcher.launch, given[:place], given[place + 1 : end], packed
+def _encoded(expand: Callable[[list[Any]], list[Any]], given: list[Any], described: list[int]) -> list[Any]:
+    """The arguments as the kernel takes them: a descriptor is what it is encoded as, then sizes and strides."""
+    unchanged, which = set(map(id, given)), iter(described)
+    items: list[Any] = []
+    for index, item in enumerate(expand(given)):
+        if id(item) in unchanged or isinstance(item, (int, _Slot)):
+            items.append(item)
+        else:
+            descriptor = next(which)
+            items.append(Encoded(given[descriptor].base.place, partial(_encode, expand, given, descriptor, index)))
+    return items
 
 
-def _is_stateless(launcher: Any) -> bool:
-    """It gives its function in C nothing that differs from launch to launch: triton 3.6 to 3.9 have been read."""
-    import triton
-
-    read = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
-    sizes = (getattr(launcher, f"{kind}_scratch_size", None) for kind in ("global", "profile"))
-    return read and hasattr(launcher, "launch") and not any(sizes) and not getattr(launcher, "gsan_enabled", False)
-
-
-def _is_known(compiled: Any) -> bool:
-    """Its launcher is called as here. AMD's kernels depend on more than addresses: on how large the storage is."""
-    try:
-        return compiled.metadata.target.backend == "cuda" and _takes_these(type(compiled.run).__call__)
-    except AttributeError:
-        return False
-
-
-@lru_cache
-def _takes_these(launcher: Callable[..., None]) -> bool:
-    """triton 3.6 to 3.9; what follows `function` has been the same, and was not always spelt out."""
-    names = tuple(inspect.signature(launcher).parameters)
-    told = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
-    first = ("self", "gridX", "gridY", "gridZ", "stream", "function")
-    return names in ((*first, "args"), (*first, *told, "args"))
+def _encode(
+    expand: Callable[[list[Any]], list[Any]], given: list[Any], descriptor: int, index: int, address: int
+) -> Any:
+    moved = SimpleNamespace(**{**vars(given[descriptor]), "base": _Slot(given[descriptor].base.place, address)})
+    return expand([*given[:descriptor], moved, *given[descriptor + 1 :]])[index]
