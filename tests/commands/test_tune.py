@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dilated_attention_pytorch import cli, device
+from dilated_attention_pytorch import _layout, cli, device
 from dilated_attention_pytorch.workloads import named
 
 
@@ -18,10 +18,29 @@ def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "current", lambda where=None: device.simulated("h100"))
 
 
-def test_without_a_gpu_it_says_what_can_be_done(capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback from the first launch."""
-    assert cli.main(["tune", "--workload", "core"]) == 2
-    assert "`dilated-attention screen --arch sm_90`" in capsys.readouterr().err
+def test_without_a_gpu_the_torch_backend_is_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback from the first launch; or a processor's measurements in the database that is committed."""
+    assert cli.main(["tune", "--workload", "readme", "--dry-run", "--json", "--runs", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == device.cpu().name
+    assert found["database"] == str(_layout.user_db_dir())
+    assert len(found["problems"]) == 12  # three branches, forward and backward, causal or not
+    assert {candidate.split()[0] for problem in found["problems"] for candidate in problem["candidates"]} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--gpus", "1"], "`dilated-attention screen --arch sm_90`"),
+        (["--preset", "quick"], "would take hours on a CPU"),
+    ],
+)
+def test_without_a_gpu_it_says_what_can_be_done(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that nobody would wait for, or a refusal without a way out."""
+    assert cli.main(["tune", *given]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("on_an_h100")
@@ -50,7 +69,7 @@ def test_misses_are_a_list_of_problems(tmp_path: Path, capsys: pytest.CaptureFix
     ("given", "said"),
     [
         (["--workload", "lognet"], "'lognet' is no workload"),
-        (["--gpus", "first"], "--gpus must be all or indices"),
+        (["--gpus", "first"], "--gpus must be all, cpu or indices"),
         (["--workload", "longnet", "--dtype", "fp32"], "there is nothing to tune"),
         (["--resume", "--runs", "."], "--resume found no run"),
     ],
