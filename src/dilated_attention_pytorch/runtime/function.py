@@ -41,7 +41,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *given: Any) -> Any:
-        """As `Function.apply`, which reads the signature of `forward` at every call: 25 µs for defaults not there.
+        """As `Function.apply`, which reads the signature of `forward` at every call, for defaults that are not there.
 
         Nor is a call recorded that has nothing to record.
         """

@@ -171,7 +171,7 @@ def allocate(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """
     if shape is None:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _arch(plan: Plan) -> str:
