@@ -23,6 +23,7 @@ matrix: run this, read `git diff generated/`, and commit both.
   python -m codegen --add 3000:5:hilbert   the same, visited in the order of any permutation
   python -m codegen --add 128:2:snake:all  every step asks, keys are thinned, rows of a grid run to and fro
   python -m codegen --add full:3           one segment, however long the sequence
+  python -m codegen --add 2048:1+4096:2    two branches in one pass, nested ones: the narrowest first
 
 Segments and dilation rates that are not listed work too: they run through the general variants.
 """
@@ -36,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="write nothing; exit 1 if generated/ is out of date")
     action.add_argument("--list", action="store_true", help="print the matrix: each variant and the reason for it")
-    action.add_argument("--add", metavar="PATTERN", help="add segment:dilation[:order][:queries] to the matrix")
+    action.add_argument(
+        "--add", metavar="PATTERN", help="add segment:dilation[:order][:queries], or several joined by +"
+    )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.list:

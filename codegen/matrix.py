@@ -10,11 +10,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.errors import CodegenError
+from dilated_attention_pytorch.errors import CodegenError, ConfigError
 from dilated_attention_pytorch.variant import ORDERS, QUERIES, Variant
 
 ONE_TILE_ROWS = 128
@@ -141,10 +141,20 @@ VARIANTS = expand(PATTERNS)
 def parse(spec: str) -> Pattern:
     """The pattern that `--add` is given: `segment:dilation[:order][:queries]`, such as `3000:5:hilbert:all`.
 
+    Branches that share a pass are joined by a plus, the narrowest first: `2048:1+4096:2`.
+
     Raises:
         CodegenError: The text is none; the message says which part.
     """
-    usage = "expected segment:dilation[:order][:queries], e.g. 3000:5:hilbert or full:3"
+    if "+" in spec:
+        (first, *others), joined = map(parse, spec.split("+")), "+ joins segment:dilation pairs alone"
+        if any((other.segment == "full", other.order, other.queries) != (False, "none", "dilated") for other in others):
+            raise CodegenError(f"{spec!r}: {joined}, e.g. 2048:1+4096:2")
+        try:
+            return replace(first, wider=tuple((int(other.segment), other.dilation) for other in others))
+        except ConfigError as error:
+            raise CodegenError(f"{spec!r}: {error}") from error
+    usage = "expected segment:dilation[:order][:queries], e.g. 3000:5:hilbert, full:3 or 2048:1+4096:2"
     segment, *rest = spec.split(":")
     if not rest:
         raise CodegenError(f"{spec!r} has no dilation rate; {usage}")
@@ -178,8 +188,11 @@ def with_pattern(source: str, pattern: Pattern) -> str:
         words.append(f'"{pattern.order}"')
     if pattern.queries != "dilated":
         words.append(f'"{pattern.queries}"')
+    words.append(f'reason="{pattern.reason}"')
+    if pattern.wider:
+        words.append(f"wider={pattern.wider}")
     lines = source.splitlines(keepends=True)
-    lines.insert(end - 1, f'    Pattern({", ".join(words)}, reason="{pattern.reason}"),\n')
+    lines.insert(end - 1, f"    Pattern({', '.join(words)}),\n")
     return "".join(lines)
 
 

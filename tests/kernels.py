@@ -97,9 +97,13 @@ def dense_formula(case: Case, inputs: Inputs) -> Results:
 def pattern_case(
     variant: Variant, *, heads: int = 2, D: int = 16, dtype: str = "fp32", causal: bool = False, mask: bool = False
 ) -> Case:
-    """A call whose one branch runs this variant: whole segments for an even text, else a short last one."""
+    """A call whose one launch runs this variant: whole segments for an even text, else a short last one."""
     rate = variant.dilation or 3
-    if variant.segment == "full":
+    branches = variant.levels
+    if branches:
+        segment, length = branches[0][0], min(branches[-1][0], 4 * branches[0][0])
+        length += 0 if variant.even else segment // 3 + 1
+    elif variant.segment == "full":
         segment, length = 1 << 20, (64 * rate if variant.even else 62 * rate + 1)
     else:
         segment = variant.segment or 100
@@ -108,7 +112,7 @@ def pattern_case(
         length = segment * segments if variant.even else segment * segments + segment // 3 + 1
     return Case(
         N=length,
-        branches=((segment, rate),),
+        branches=branches or ((segment, rate),),
         H=heads,
         G=heads if variant.one_tile and variant.even else heads // 2,
         D=D,

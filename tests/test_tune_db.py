@@ -19,7 +19,7 @@ from dilated_attention_pytorch.database import Database, Entry, Resources
 from dilated_attention_pytorch.device import Toolchain
 from dilated_attention_pytorch.errors import DatabaseError
 from dilated_attention_pytorch.runtime.plan import plan
-from dilated_attention_pytorch.runtime.variants import variant_for
+from dilated_attention_pytorch.runtime.variants import text_for
 from dilated_attention_pytorch.tuning import ledger
 from dilated_attention_pytorch.tuning.ledger import Row
 from dilated_attention_pytorch.variant import Variant
@@ -144,10 +144,11 @@ def test_the_call_that_is_proven_runs_the_text_that_was_measured(name: str) -> N
     measured = case.problem if variant.order != "snake" else replace(case.problem, order="snake", row_width=37)
     for op in OPS:
         tiles = (pattern_config(variant) or dict.fromkeys(OPS, LaunchConfig(16, 16)))[op]
-        key = replace(ProblemKey.of(measured, op, 0), order=variant.order)
+        branches = tuple(range(len(measured.branches)))
+        key = replace(ProblemKey.of(measured, op, *branches), order=variant.order)
         problem = ledger.asking(key, variant)
         assert problem is not None
-        assert variant_for(problem, 0, op, tiles, generated.names()) == variant
+        assert text_for(problem, branches, op, tiles, generated.names()) == variant
 
 
 def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class ProblemKey:
 
     @classmethod
     def of(cls, problem: Problem, op: str, *branches: int) -> ProblemKey:
-        """The key of the launch of `op` that computes a branch of a problem, or a chain of them, the narrowest first."""
+        """The key of the launch of `op` that computes a branch of a problem, or a chain, the narrowest first."""
         flags = {
             "dropout": problem.dropout,
             "full": all(map(problem.is_full, branches)),

@@ -102,6 +102,16 @@ def test_add_writes_the_line_once_and_generates(checkout: Path) -> None:
     assert codegen(checkout, "--check").returncode == 0
 
 
+def test_add_takes_branches_that_share_a_pass(checkout: Path) -> None:
+    """A line that does not read back, or a chain whose segments cut each other."""
+    assert codegen(checkout, "--add", "512:1+1024:2").returncode == 0
+    assert (checkout / "generated" / "s512_1024_d1_2_even.py").exists()
+    assert codegen(checkout, "--check").returncode == 0
+    refused = codegen(checkout, "--add", "512:1+1000:2")
+    assert refused.returncode == 2
+    assert "are no chain: each segment length must divide the next" in refused.stderr
+
+
 @pytest.mark.parametrize("spec", ["3000", "3000:5:peano"])
 def test_add_refuses_nonsense_and_writes_nothing(checkout: Path, spec: str) -> None:
     before = (checkout / "codegen" / "matrix.py").read_bytes()

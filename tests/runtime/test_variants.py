@@ -10,7 +10,7 @@ import pytest
 from dilated_attention_pytorch import generated
 from dilated_attention_pytorch.config import LaunchConfig, Problem
 from dilated_attention_pytorch.order import TokenOrder
-from dilated_attention_pytorch.runtime.variants import acting_order, variant_for
+from dilated_attention_pytorch.runtime.variants import acting_order, chain, text_for, variant_for
 from dilated_attention_pytorch.variant import Variant
 from dilated_attention_pytorch.workloads import near_square
 
@@ -81,6 +81,13 @@ def test_every_attention_text_can_run() -> None:
     reached = set()
     for text in sorted(TEXTS - {"delta"}):
         variant = Variant.from_name(text)
+        if variant.levels:
+            length = 2 * variant.levels[-1][0] - (not variant.even)
+            asked = replace(problem(length, 1, 1), branches=variant.levels)
+            found = chain(asked, TEXTS & {text, text.removesuffix("_even")})
+            assert found == tuple(range(len(variant.levels)))
+            reached.add(str(text_for(asked, found, "fwd", SQUARE, TEXTS)))
+            continue
         segment = variant.segment if isinstance(variant.segment, int) else 777
         dilation = variant.dilation or 5
         length = segment if variant.segment == "full" else 2 * segment

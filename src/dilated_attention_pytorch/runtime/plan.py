@@ -20,7 +20,7 @@ from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import acting_order, chain, query_rows, text_for
+from .variants import acting_order, chain, query_rows, rows_of_class, text_for
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -401,8 +401,7 @@ def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> 
     """The untuned configurations of a launch, best first."""
     head_dim, dtype = problem.head_dim, problem.dtype
     if len(branches) > 1:
-        rows = problem.branches[branches[0]][0] // problem.branches[branches[-1]][1]
-        return heuristics.default_of_chain(op, head_dim, dtype, rows, arch)
+        return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
     return heuristics.default(op, head_dim, dtype, *rows_of, arch)
 

@@ -20,12 +20,17 @@ def text_for(
     if len(branches) == 1:
         return variant_for(problem, branches[0], op, config, texts)
     levels = [problem.branches[branch] for branch in branches]
-    rows, stride = levels[0][0] // levels[-1][1], levels[-1][1]
+    rows, stride = rows_of_class(problem, branches), levels[-1][1]
     if rows % config.block_m or rows % config.block_n:
         return None
     even = problem.length % (stride * max(config.block_m, config.block_n)) == 0
     variant = _of_chain(levels, even)
     return variant if variant.name in texts else _of_chain(levels, even=False)
+
+
+def rows_of_class(problem: Problem, branches: tuple[int, ...]) -> int:
+    """Rows that each residue class of a chain's steps has in the narrowest segment; tiles divide them."""
+    return problem.branches[branches[0]][0] // problem.branches[branches[-1]][1]
 
 
 def chain(problem: Problem, texts: frozenset[str]) -> tuple[int, ...]:

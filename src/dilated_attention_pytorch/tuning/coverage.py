@@ -42,6 +42,6 @@ def coverage(problems: Iterable[Problem], device: Device, toolchain: Toolchain, 
     for problem in problems:
         for branch in plan(problem, device, "triton", toolchain=toolchain, committed=found).branches:
             for op in OPS:
-                key = replace(ProblemKey.of(problem, op, branch.branch), order=branch.order)
+                key = replace(ProblemKey.of(problem, op, *branch.branches), order=branch.order)
                 rows.setdefault(key, Covered(problem, key, getattr(branch, op)))
     return list(rows.values())

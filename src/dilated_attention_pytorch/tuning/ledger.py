@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import database
 from .. import device as devices
-from ..config import OPS, Problem, ProblemKey
+from ..config import OPS, Problem, ProblemKey, cdiv
 from ..database import FOLD, FRESH, INVALID, KERNEL_STALE, TOOLCHAIN_STALE, Database, Entry
 from ..device import CPU, LEAST_SHARED_BYTES, SHARED_BYTES, Device, Toolchain
 from ..errors import DatabaseError, DilatedAttentionError
@@ -113,22 +113,24 @@ def faults(rows: Iterable[Row], found: Database) -> list[Fault]:
 
 
 def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
-    """The smallest call whose one branch is looked up under this key, or None where no call ever is.
+    """The smallest call whose one launch is looked up under this key, or None where no call ever is.
 
     Args:
         key: The key.
         variant: A text that the call is to run, given tiles that suit it: it settles the segment length, one of those
             whose rows round to the key's, and whether the last segment is cut short.
     """
-    if len(key.branches) != 1:
-        return None  # no kernel runs several branches in one launch
-    ((kept, stride),) = key.branches
+    kept, stride = key.branches[0]
     segment = variant.segment if variant is not None and isinstance(variant.segment, int) else kept * stride
-    segments = 1 if "full" in key.flags else 2
+    wider = tuple((rows * rate, rate) for rows, rate in key.branches[1:])
+    if variant is not None and variant.wider:
+        wider = variant.wider
+    last_rows, last_rate = key.branches[-1]
+    whole = last_rows * last_rate if wider else segment if "full" in key.flags else 2 * segment
+    segments = cdiv(whole, segment)
     if key.grid < segments:
         return None
     heads = min(key.grid // segments, 16)
-    whole = segments * segment
     base = Problem(
         dtype=key.dtype,
         batch=key.grid // segments // heads,
@@ -136,7 +138,7 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
         heads=heads,
         kv_heads=heads,
         head_dim=key.head_dim,
-        branches=((segment, stride),),
+        branches=((segment, stride), *wider),
         queries=key.queries,
         order=key.order,
         causal=key.causal,
@@ -150,7 +152,7 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
     widths = (near_square(whole), max(segment - 1, 1)) if key.order == "snake" else (0,)
     for length, width in itertools.product(lengths, widths):
         problem = replace(base, length=max(length, 1), row_width=width)
-        if replace(ProblemKey.of(problem, key.op, 0), order=acting_order(problem, 0)) == key:
+        if replace(ProblemKey.of(problem, key.op, *range(len(key.branches))), order=acting_order(problem, 0)) == key:
             return problem
     return None
 
@@ -173,10 +175,10 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
     problem = asking(entry.key, variant)
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
-    fwd, dkdv, dq = (Choice(op, 0, variant, entry.launch, "exact", "", ()) for op in OPS)
-    branch = BranchPlan(
-        0, problem.segment(0), problem.branches[0][1], acting_order(problem, 0), fwd=fwd, dkdv=dkdv, dq=dq
-    )
+    _, *wider = range(len(problem.branches))
+    fwd, dkdv, dq = (Choice(op, 0, variant, entry.launch, "exact", "", (), tuple(wider)) for op in OPS)
+    acting = problem.segment(0), problem.branches[0][1], acting_order(problem, 0)
+    branch = BranchPlan(0, *acting, fwd=fwd, dkdv=dkdv, dq=dq, wider=tuple(wider))
     return compile_offline(problem, branch, entry.key.op, row.arch)
 
 
@@ -244,9 +246,12 @@ def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
         return
     toolchain = Toolchain(row.entry.provenance.triton)
     try:
-        (branch,) = plan(problem, device, "triton", toolchain=toolchain, committed=found).branches
+        branch, *others = plan(problem, device, "triton", toolchain=toolchain, committed=found).branches
     except DilatedAttentionError as error:
         yield f"no call can use it: {error}; remove the entry"
+        return
+    if others:
+        yield "no call can use it: no text computes these branches in one pass; remove the entry"
         return
     choice: Choice = getattr(branch, row.entry.key.op)
     if (choice.rung, choice.config) != ("exact", row.entry.config):

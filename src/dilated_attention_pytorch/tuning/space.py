@@ -16,7 +16,7 @@ from ..call_config import ROWS, CallConfig
 from ..config import LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import query_rows
+from ..runtime.variants import query_rows, rows_of_class
 from .problems import Task, default_config
 
 KERNEL, TORCH, CUDNN = "kernel", "torch", "cudnn"
@@ -88,11 +88,17 @@ def _tiles(most_rows: Callable[[Task], int], sizes: tuple[int, ...]) -> Callable
 
 
 def _queries(task: Task) -> int:
-    return query_rows(task.problem, 0)
+    return _class(task) or query_rows(task.problem, 0)
 
 
 def _keys(task: Task) -> int:
-    return task.problem.rows(0)
+    return _class(task) or task.problem.rows(0)
+
+
+def _class(task: Task) -> int | None:
+    """Rows that tiles of several branches have to divide."""
+    branches = tuple(range(len(task.problem.branches)))
+    return rows_of_class(task.problem, branches) if len(branches) > 1 else None
 
 
 def _fixed(*values: Value) -> Callable[[Task, Device], tuple[Value, ...]]:
@@ -114,15 +120,26 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
     return (None,) if device.arch.startswith("gfx") else (128, 168, None)
 
 
+def _loads(task: Task, device: Device) -> tuple[Value, ...]:
+    """Texts of several branches load by descriptor too; it is the better way wherever there is one."""
+    problem = task.problem
+    described = _class(task) and heuristics.takes_descriptors(device.arch, problem.head_dim, problem.dtype)
+    return ("descriptor",) if described else ("pointer",)
+
+
+def _all_loads(task: Task, device: Device) -> tuple[Value, ...]:
+    return tuple(dict.fromkeys((*_loads(task, device), "pointer")))
+
+
 COORDINATES = (
     Coordinate("block_m", _tiles(_queries, (32, 64, 128)), _tiles(_queries, (16, 32, 64, 128, 256))),
     Coordinate("block_n", _tiles(_keys, (32, 64, 128)), _tiles(_keys, (16, 32, 64, 128, 256))),
     Coordinate("num_warps", _warps, _fixed(1, 2, 4, 8, 16)),
     Coordinate("num_stages", _stages(1, 2, 3, 4), _stages(1, 2, 3, 4, 5)),
     Coordinate("maxnreg", _fixed(None), _registers),
-    Coordinate("loads", _fixed("pointer"), _fixed("pointer")),
+    Coordinate("loads", _loads, _all_loads),
 )
-"""The fields of a configuration. No text loads by descriptor yet: the one that does adds the value here."""
+"""The fields of a configuration."""
 
 
 CALL_COORDINATES = (
@@ -144,7 +161,7 @@ def space(task: Task, device: Device) -> list[Candidate]:
     default = default_config(task, device)
     grid = itertools.product(*(c.values(task, device) for c in COORDINATES))
     found = {config for values in grid if _allowed(task, device, config := _config(values))}
-    ranked = sorted(found - {default}, key=lambda config: (_steps_away(config, default), config))
+    ranked = sorted(found - {default}, key=lambda config: (_steps_away(config, default), config.name))
     return [Candidate.of(config) for config in (default, *ranked)]
 
 
@@ -257,7 +274,13 @@ def _holds_its_accumulators(task: Task, device: Device, config: LaunchConfig) ->
     return held / threads <= (config.maxnreg or 256)
 
 
-RULES = (_fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
+def _divides_a_class(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """No tile of several branches holds rows of two segments."""
+    rows = _class(task)
+    return rows is None or (rows % config.block_m == 0 and rows % config.block_n == 0)
+
+
+RULES = (_divides_a_class, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
 
 
 def _steps_away(config: LaunchConfig, default: LaunchConfig) -> float:

@@ -1,0 +1,134 @@
+"""Several branches in one pass: which branches share it, and what the kernels then compute.
+
+The kernels run in Triton's interpreter, from a text for segments that are small enough for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from codegen.render import render
+from dilated_attention_pytorch import generated
+from dilated_attention_pytorch.config import LaunchConfig, Problem
+from dilated_attention_pytorch.runtime import plan as plans
+from dilated_attention_pytorch.runtime import variants
+from dilated_attention_pytorch.runtime.variants import chain, text_for
+from dilated_attention_pytorch.variant import Variant
+
+from ..cases import Case, make_inputs, oracle
+from ..kernels import run_kernels, variants_run
+from ..tolerances import check_results
+
+LONGNET = Problem("bf16", 1, 32768, 12, 12, 64, ((2048, 1), (4096, 2), (8192, 4), (16384, 6), (32768, 12)))
+SMALL = Variant(32, 1, wider=((64, 2),))
+NAMES = frozenset({"general", "full", "s2048_4096_8192_d1_2_4", "s2048_4096_8192_d1_2_4_even", "s2048_4096_d1_2"})
+
+
+def test_nested_branches_share_a_pass() -> None:
+    """LongNet's first three: a rate that the next one is no multiple of ends a chain, and no branch is lost."""
+    assert chain(LONGNET, NAMES) == (0, 1, 2)
+    assert plans.launch_order(LONGNET, NAMES) == [(0, 1, 2), (3,), (4,)]
+    turned = replace(LONGNET, branches=LONGNET.branches[::-1])
+    assert plans.launch_order(turned, NAMES) == [(4, 3, 2), (1,), (0,)]
+
+
+def test_without_a_text_fewer_branches_share() -> None:
+    """A chain that nobody rendered must not stop the call, nor the part of it that is there."""
+    assert chain(LONGNET, frozenset({"general", "s2048_4096_d1_2"})) == (0, 1)
+    assert chain(LONGNET, frozenset({"general"})) == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"queries": "all"},
+        {"order": "hilbert"},
+        {"dropout": True},
+        {"mix_grad": "detached"},
+        {"head_offset": "table"},
+        {"head_offset": "blocked", "heads": 12},
+        {"query_range": (0, 4096)},
+        {"length": 30000, "padding": "zeros"},
+        {"branches": ((2048, 1), (5000, 2))},
+        {"branches": ((2048, 2), (4096, 3))},
+        {"branches": ((96, 1), (192, 2))},
+    ],
+    ids=str,
+)
+def test_what_forbids_a_pass(change: dict[str, object]) -> None:
+    """Copies of a key that dropout tells apart, phantoms, steps that are not nested, rows that no tile divides."""
+    texts = NAMES | {"s2048_5000_d1_2", "s96_192_d1_2"}
+    found = chain(replace(LONGNET, **change), texts)  # type: ignore[arg-type]
+    assert found == ((0, 1) if change == {"head_offset": "blocked", "heads": 12} else ())
+
+
+def test_causal_chains_have_longer_segments() -> None:
+    """Sixteen classes of 128 rows would spend half of the narrowest branch on tiles at the diagonal."""
+    wide = replace(LONGNET, branches=tuple((2048 << level, 1 << level) for level in range(5)))
+    texts = NAMES | {"s2048_4096_8192_16384_32768_d1_2_4_8_16"}
+    assert chain(wide, texts) == (0, 1, 2, 3, 4)
+    assert chain(replace(wide, causal=True), texts) == (0, 1, 2)
+
+
+def test_tiles_divide_a_class() -> None:
+    """A tile with rows of two segments would attend across them."""
+    texts = frozenset({"s2048_4096_8192_d1_2_4", "s2048_4096_8192_d1_2_4_even"})
+    found = text_for(LONGNET, (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
+    assert found is not None
+    assert found.even
+    assert text_for(LONGNET, (0, 1, 2), "fwd", LaunchConfig(1024, 64), texts) is None
+    ragged = text_for(replace(LONGNET, length=32768 - 4), (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
+    assert ragged is not None
+    assert not ragged.even
+
+
+@pytest.fixture
+def small_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A text for segments of 32 and 64 steps, and plans that take it."""
+    for variant in (SMALL, replace(SMALL, even=True)):
+        (tmp_path / f"{variant.name}.py").write_text(render(variant), encoding="utf-8")
+    names = generated.names() | {SMALL.name, replace(SMALL, even=True).name}
+    monkeypatch.setattr(generated, "__path__", [*generated.__path__, str(tmp_path)])
+    monkeypatch.setattr(plans, "_rendered", lambda: names)
+    monkeypatch.setattr(variants, "CHAIN_ROWS", {False: 16, True: 16})
+    plans._plan.cache_clear()
+    yield
+    plans._plan.cache_clear()
+
+
+@pytest.mark.interpreter
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    ("case", "loads"),
+    [
+        pytest.param(Case(N=64, branches=SMALL.levels, H=2, dtype="fp16"), "descriptor", id="even-descriptor"),
+        pytest.param(Case(N=101, branches=SMALL.levels, H=3), "pointer", id="ragged"),
+        pytest.param(
+            Case(N=75, branches=SMALL.levels, H=4, G=2, D=24, causal=True, mask=True, head_offset="zero"),
+            "pointer",
+            id="causal-mask-grouped",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("small_text")
+def test_one_pass_is_the_softmax_of_all_branches(case: Case, loads: str) -> None:
+    """A pair counted once or thrice instead of twice, a gap that is met again, a class that is read as another."""
+    config = LaunchConfig(16, 16, num_warps=4, num_stages=1, loads=loads)
+    inputs = make_inputs(case)
+    even = loads == "descriptor"
+    assert variants_run(case, inputs, config) == {replace(SMALL, even=even).name}
+    check_results(run_kernels(case, inputs, config), oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_text")
+def test_branches_that_coincide_are_computed_once() -> None:
+    """A sequence shorter than every segment: each pair is met once, with its number, and not once a branch."""
+    case = Case(N=21, branches=SMALL.levels, H=2)
+    inputs = make_inputs(case)
+    config = LaunchConfig(16, 16, num_warps=4, num_stages=1)
+    check_results(run_kernels(case, inputs, config), oracle(case, inputs), case.dtype, dout=inputs.dout)
