@@ -17,15 +17,15 @@ from tests.kernels import poisoned_outputs
 pytestmark = pytest.mark.gpu
 
 
-def inputs() -> list[Tensor]:
+def inputs(length: int = 1000) -> list[Tensor]:
     """q, k, v and dout; no two calls give the same."""
-    return [torch.randn(2, 1000, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    return [torch.randn(2, length, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
 
 
-def step(tensors: list[Tensor]) -> list[Tensor]:
+def step(tensors: list[Tensor], segments: tuple[int, ...] = (128, 512)) -> list[Tensor]:
     """out and gradients."""
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-    out = dap.dilated_attention(q, k, v, [128, 512], [1, 4], backend="triton")
+    out = dap.dilated_attention(q, k, v, segments, [1, segments[1] // segments[0]], backend="triton")
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
 
 
@@ -37,11 +37,11 @@ def only_again() -> Iterator[None]:
         yield
 
 
-def by_triton(tensors: list[Tensor]) -> list[Tensor]:
+def by_triton(tensors: list[Tensor], segments: tuple[int, ...] = (128, 512)) -> list[Tensor]:
     """A step that nothing came before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "_KNOWN", {})
-        return step(tensors)
+        return step(tensors, segments)
 
 
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
@@ -49,21 +49,22 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_on_any_stream() -> None:
-    """A launcher that this version of Triton wants called otherwise; a stream that was kept."""
-    step(inputs())
-    tensors = inputs()
-    wanted = by_triton(tensors)
+@pytest.mark.parametrize(("length", "segments"), [(1000, (128, 512)), (4096, (1024, 2048))])
+def test_on_any_stream(length: int, segments: tuple[int, ...]) -> None:
+    """A launcher that this version of Triton wants called otherwise; a stream or a descriptor of the first call."""
+    step(inputs(length), segments)
+    tensors = inputs(length)
+    wanted = by_triton(tensors, segments)
     with only_again(), poisoned_outputs():
-        assert same(step(tensors), wanted)
+        assert same(step(tensors, segments), wanted)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with only_again(), torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        found = step(tensors)
-        doubled = [x * 2 for x in found]
+        late = [x * 1 for x in tensors]
+        found = step(late, segments)
     stream.synchronize()
-    assert same(found, wanted) and same(doubled, [x * 2 for x in wanted])
+    assert same(found, wanted)
 
 
 def test_in_a_graph() -> None:

@@ -1,4 +1,4 @@
-"""The only caller of generated code: a plan's launches, forward and backward.
+"""The only caller of generated code: a plan's launches, forward and backward. `replay` makes them again.
 
 Outputs are allocated here and are not initialised: the first branch's kernels write every row, zeros where no step is
 kept, and later branches merge into what they find.
