@@ -35,6 +35,9 @@ LONGEST_S = 2.0
 """Dense attention that would take longer is not tried."""
 DENSE_TFLOPS = 300.0
 
+MOST_RESIDUES = 8
+"""Of all branches together, for the compositions that compile slowest."""
+
 # Compiled by one process, read by the next. Set before the library is imported.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
@@ -84,16 +87,21 @@ def _operations(case: Case, where: torch.device) -> dict[str, Contender]:
 
         return Contender(make, mix_grad="detached", compiles=whole or "wrap" in forms)
 
-    fastest = CUDNN if CUDNN in libraries else EFFICIENT
-    for name in libraries:
+    # A graph with so many kernels as residues takes minutes to trace where there are many.
+    traceable = case.slow or sum(rate for _, rate in problem.branches) <= MOST_RESIDUES
+    for name, kernel in libraries.items():
         if name == FLASH_4:
-            found[f"{name}, gathered, mixing compiled"] = composition(libraries[name], wrap=compiled)
+            if traceable:
+                found[f"{name}, gathered, mixing compiled"] = composition(kernel, wrap=compiled)
             continue
-        found[f"{name}, gathered, compiled"] = composition(libraries[name], whole=True)
-        if name == fastest:
-            found[f"{name}, gathered, eager"] = composition(libraries[name])
-            if problem.queries == "dilated":
-                found[f"{name}, strided views, compiled"] = composition(libraries[name], apart=True, whole=True)
+        found[f"{name}, gathered, compiled"] = composition(kernel, whole=True)
+        if name == FLASH_2:
+            continue
+        found[f"{name}, gathered, eager"] = composition(kernel)
+        if problem.queries == "dilated":
+            found[f"{name}, strided views, eager"] = composition(kernel, apart=True)
+            if traceable:
+                found[f"{name}, strided views, compiled"] = composition(kernel, apart=True, whole=True)
     if problem.queries == "dilated" and case.order is None and FLASH_2 in libraries:
         padded = problem if problem.causal else replace(problem, padding="zeros")
         make = partial(composed.torchscale, problem, libraries[FLASH_2])

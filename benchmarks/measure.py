@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import composed, rows
 from benchmarks.cases import Case
-from benchmarks.compare import SAMPLED, Contender, both_call, forward_call
+from benchmarks.compare import SAMPLED, Contender, both_call, forget_compiled, forward_call
 from benchmarks.rows import Attend
 from benchmarks.timing import Call, Failed, host_us, peak_bytes, samples, summary
 from dilated_attention_pytorch.config import Problem
@@ -74,7 +74,7 @@ def measure(
     Raises:
         Sticky: A contender spoiled the GPU; its name, and the reason as the cause.
     """
-    torch.compiler.reset()  # earlier cases would count against the limit of recompilations
+    forget_compiled()
     run = _Run(case, contenders, where, settings, note)
     run.check(ours, without or {})
     run.time("forward", lambda attend, *tensors: forward_call(attend, *tensors[:3]))
@@ -316,8 +316,8 @@ def is_sticky(error: BaseException) -> bool:
 
 
 def _collect() -> None:
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

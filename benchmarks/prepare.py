@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.compare import both_call, forward_call
+from benchmarks.compare import both_call, forget_compiled, forward_call
 from benchmarks.contenders import FLASH_4, contenders, set_up_compilers
 from benchmarks.measure import Inputs, is_sticky, told
 from dilated_attention_pytorch.tuning.worker import Fatal, Lost, NoStart, Raised, Worker, wait_for_any
@@ -107,7 +107,7 @@ def _setup(where: str) -> Callable[[Job], str]:
     def do(job: Job) -> str:
         case, name = job
         try:
-            torch.compiler.reset()
+            forget_compiled()
             contender = contenders(case, device)[name]
             attend = contender.make()
             tensors = Inputs(case.problem, device).of(contender)
