@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -26,12 +28,18 @@ from torch import Tensor
 from benchmarks import composition, flex, indexed, offline
 from benchmarks.compare import SAMPLED, Contender, Row, compare, ours, steps, too_large
 from dilated_attention_pytorch import device as devices
+from dilated_attention_pytorch.call_config import CallConfig
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.device import Toolchain
 from dilated_attention_pytorch.errors import DilatedAttentionError
 from dilated_attention_pytorch.order import TokenOrder
 from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.tuning import machine
+from dilated_attention_pytorch.tuning.folding import is_noisy
+from dilated_attention_pytorch.tuning.journal import Journal
+from dilated_attention_pytorch.tuning.problems import of_calls
 from dilated_attention_pytorch.tuning.screen import Resources
+from dilated_attention_pytorch.tuning.tune import Settings, tune
 from dilated_attention_pytorch.workloads import named
 from tests.tolerances import TOLERANCES
 
@@ -44,6 +52,9 @@ SCREENED_FOR = "h100"
 
 CORE = {"length": 4096, "pattern": 1, "dtype": "bf16"}
 """Which of the workload `core`'s calls: every token asks every second key of its segment of 128."""
+
+TUNED = Problem("fp32", batch=1, length=1024, heads=8, kv_heads=8, head_dim=64, branches=((256, 2),))
+"""What is tuned where there is no GPU: a small call, so that it takes seconds."""
 
 
 def main() -> int:
@@ -127,6 +138,7 @@ def _on_cpu(console: Console) -> list[str]:
         found = compare(problem, contenders, torch.device("cpu"), progress=bar.done)
         console.print(results("readme", problem, found), "")
         failures += broken("readme", problem, found)
+        failures += _tuned(console, bar)
     return failures
 
 
@@ -178,6 +190,28 @@ def _interpreted(console: Console, bar: Bar) -> list[str]:
     return [f"interpreted: {wrong}"] if wrong else []
 
 
+def _tuned(console: Console, bar: Bar) -> list[str]:
+    """The tuner's whole loop on this processor, into a folder that is gone afterwards."""
+    processor = devices.cpu()
+    tasks = of_calls([("demo", TUNED)], processor)
+    bar.expect(1)
+    bar.now(f"tune: ways to call torch's kernels are checked against the oracle and raced on {processor}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            journal=Path(folder, "run.jsonl"),
+            root=Path(folder, "tune_db"),
+            gpus=("cpu",),
+            limit=6,
+            race_us=5e4,
+            finals_us=2e5,
+            compiler=None,
+        )
+        journal = tune(tasks, processor, machine.run_row(processor, "make demo"), settings)
+    bar.done("tuned")
+    console.print(picks(journal), "")
+    return [] if len(journal.picks) == len(tasks) else ["tune: no way to call torch's kernels works"]
+
+
 # ---- What is printed -------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +252,32 @@ def broken(name: str, problem: Problem, found: Mapping[str, Row | str]) -> list[
     return [f"{name}: {wrong}"] if wrong else []
 
 
+def picks(journal: Journal) -> Table:
+    """What was picked on a CPU, and what it gained over the untuned default."""
+    branches = ", ".join(f"{segment}:{rate}" for segment, rate in TUNED.branches)
+    table = _table(
+        f"tuned: B {TUNED.batch}, N {TUNED.length}, H {TUNED.heads}, D {TUNED.head_dim}, {TUNED.dtype}, {branches}",
+        ("", "pick", "untuned\nms", "picked\nms", "gain", "why"),
+        "view_p1_s4: rows are read where they lie, a call has 1 pair a thread at least and 1/4 of q at most.",
+    )
+    for pick in journal.picks:
+        untuned = pick.default_us or pick.median_us
+        table.add_row(
+            "forward" if pick.key.op == "fwd" else "backward",
+            CallConfig(**pick.config).name,  # type: ignore[arg-type]
+            _milliseconds(untuned / 1e3),
+            _milliseconds(pick.median_us / 1e3),
+            f"{untuned / pick.median_us:.2f}",
+            pick.why,
+        )
+    if any(is_noisy(pick, journal) for pick in journal.picks):
+        assert table.caption is not None
+        table.caption = (
+            f"{table.caption}\nTimes spread wide, as something else runs here: a real run keeps no such pick."
+        )
+    return table
+
+
 def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: devices.Device) -> Table:
     """What each launch takes; a launch that does not compile has its reason."""
     table = _table(
@@ -251,7 +311,7 @@ def _or_dash(number: int | None) -> str:
 
 def _table(title: str, columns: Sequence[str], caption: str) -> Table:
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    words = ("", "variant", "op", "config")
+    words = ("", "variant", "op", "config", "pick", "why")
     for column in columns:
         table.add_column(column, justify="left" if column in words else "right", no_wrap=True)
     return table

@@ -18,7 +18,9 @@ from benchmarks import demo, flex, indexed, interpreted, offline, rows, timing
 from benchmarks.compare import Contender, Row, compare, ours, random_tensors, steps, too_large
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch import reference
-from dilated_attention_pytorch.config import OPS, Problem
+from dilated_attention_pytorch.call_config import CallConfig
+from dilated_attention_pytorch.config import OPS, Problem, ProblemKey
+from dilated_attention_pytorch.tuning.journal import Journal, Measurement, Pick
 from dilated_attention_pytorch.tuning.screen import Resources
 from dilated_attention_pytorch.workloads import named
 
@@ -235,6 +237,7 @@ def test_without_triton_the_cpu_still_runs(monkeypatch: pytest.MonkeyPatch) -> N
     """A laptop where nothing compiles: a traceback in place of a sentence."""
     tiny = replace(named("readme"), lengths=(64,), heads=4, head_dim=8, patterns=(TINY.branches,))
     monkeypatch.setattr(demo, "named", lambda name: tiny)
+    monkeypatch.setattr(demo, "TUNED", replace(TINY, branches=((16, 2),)))
     monkeypatch.setattr(devices, "_triton_version", lambda: None)
     monkeypatch.setattr(devices, "current", lambda where=None: None)
     console = Console(file=io.StringIO(), width=80)
@@ -243,6 +246,7 @@ def test_without_triton_the_cpu_still_runs(monkeypatch: pytest.MonkeyPatch) -> N
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "triton not installed" in shown
     assert "Without triton" in shown
+    assert [line.split()[0] for line in shown.splitlines() if "_p" in line] == ["backward", "forward", "view_p1_s4:"]
     assert "Everything holds" in shown
 
 
@@ -263,3 +267,17 @@ def test_interpreted_kernels() -> None:
     """What the demo runs in the interpreter is refused there, or is compared in another order than it runs in."""
     assert max(interpreted.errors().values()) < 1e-5
     assert [name.split()[1] for name in interpreted.kernels()] == list(OPS)
+
+
+def test_picks_have_their_gain() -> None:
+    """A gain upside down, or a pick that nobody would keep and that looks like any other."""
+    journal = Journal()
+    for op, noisy in (("fwd", ""), ("dkdv", "noisy")):
+        key, config = ProblemKey.of(demo.TUNED, op, 0), CallConfig("view").to_dict()
+        journal.add(Measurement(key, config, "torch", "torch", "finals", "ok", flag=noisy))
+        journal.add(Pick(key, config, "torch", "fastest", 200.0, 190.0, 210.0, 300.0, None, 4))
+    shown = text(demo.picks(journal))
+    assert shown.count("view_p1_s4") == 3 and shown.count("1.50") == 2
+    assert "keeps no such pick" in shown
+    journal.measurements.pop()
+    assert "keeps no such pick" not in text(demo.picks(journal))
