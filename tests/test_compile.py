@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -47,6 +48,8 @@ def drawn() -> set[str]:
 
 
 DRAWN = drawn()
+LARGE = {*itertools.product(KINDS, TOOLCHAIN), *itertools.product(("s2048_d2_even",), EVERYWHERE)}
+"""Texts and GPUs that are compiled with the untuned default: the others with tiles that compile in half the time."""
 CELLS = [
     (variant.name, arch)
     for variant in VARIANTS
@@ -101,7 +104,7 @@ def test_variant_compiles_and_fits(name: str, arch: str) -> None:
     """A text that the compiler refuses, outgrows the GPU, or takes more shared memory than the plan reckons with."""
     variant = Variant.from_name(name)
     for op in OPS:
-        resources, estimate = compiled(variant, op, arch, case_problem(variant), quick=name not in KINDS)
+        resources, estimate = compiled(variant, op, arch, case_problem(variant), quick=(name, arch) not in LARGE)
         assert resources.shared_bytes <= estimate, f"{op}: the plan reckons with {estimate}"
         assert resources.shared_bytes <= device.SHARED_BYTES[arch], op
 

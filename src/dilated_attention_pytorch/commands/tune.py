@@ -150,7 +150,7 @@ CPU_RACE_US = 5e5
 CPU_FINALS_US = 4e6
 """On a CPU, where a launch takes a hundred times as long and its clock is no better."""
 
-QUICK = 10
+QUICK = 12
 QUICK_STEPS = 4
 """Candidates a problem in the quick preset, and those that the step adds."""
 
