@@ -104,8 +104,7 @@ PATTERNS = [
     Pattern(1024, 2, "hilbert", reason="image"),
     Pattern("full", 1, reason="dense attention, a branch of many"),
     # Several branches in one pass.
-    Pattern(2048, 1, reason="longnet, readme", wider=((4096, 2), (8192, 4))),
-    Pattern(2048, 1, reason="wide", wider=((4096, 2), (8192, 4), (16384, 8), (32768, 16))),
+    Pattern(2048, 1, reason="longnet, readme, wide", wider=((4096, 2), (8192, 4))),
     Pattern(1024, 1, reason="longvit", wider=((2048, 2),)),
 ]
 
