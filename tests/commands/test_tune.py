@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dilated_attention_pytorch import _layout, cli, device
+from dilated_attention_pytorch.config import OPS
 from dilated_attention_pytorch.workloads import named
 
 
