@@ -162,9 +162,9 @@ def render(document: dict[str, Any], file: str) -> str:
     found = document["environment"]
     head = f"""\
 **{document["ranks"]} × {found.get("gpu", found["cpu"])}**, torch {found["torch"]}, triton {found["triton"]},
-`{document["command"]}` ([result](../benchmarks/results/{file})). Forward and backward in milliseconds: the slowest rank,
-medians of {document["rounds"]}. Efficiency is one GPU's time over this one, for strong scaling divided by GPUs. The model
-takes the series' time on one GPU and adds what travels, none of it hidden.
+`{document["command"]}` ([result](../benchmarks/results/{file})). Forward and backward in milliseconds: the slowest
+rank, medians of {document["rounds"]}. Efficiency is one GPU's time over this one, for strong scaling divided by GPUs.
+The model takes the series' time on one GPU and adds what travels, none of it hidden.
 """
     columns = ("series", "tokens", "GPUs", "ms", "efficiency", "model ms", "MB sent a GPU", "others, ms")
     lines = [head, _line(*columns), _line(*("---" for _ in columns))]
@@ -177,11 +177,14 @@ takes the series' time on one GPU and adds what travels, none of it hidden.
         lines.append(
             _line(row["series"], f"{row['tokens']:,}", row["ranks"], *times, f"{row['sent_bytes'] / 1e6:.1f}", others)
         )
+    lines.append(
+        f"\nThe ranks' agreement at the beginning of each call takes the host {1e6 * document['agreement_s']:.0f} µs."
+    )
     if (profile := document["profile"]) is not None:
         lines.append(
             f"\nIn a profile of {profile['series']}, {profile['ranks']} GPUs, messages took "
-            f"{1e3 * profile['messages_s']:.2f} ms on the first one, {1e3 * profile['overlapped_s']:.2f} ms of them beside "
-            "its kernels."
+            f"{1e3 * profile['messages_s']:.2f} ms on the first one, {1e3 * profile['overlapped_s']:.2f} ms of them "
+            "beside its kernels."
         )
     return "\n".join(lines)
 

@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import dilated_attention_pytorch as dap
+from benchmarks import scale_out
+from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.distributed import dilated_attention, shard, unshard
 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
@@ -313,6 +315,27 @@ def two_dimensions(group: dist.ProcessGroup) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def gathered_whole(group: dist.ProcessGroup) -> float:
+    """The benchmark's all-gather against this package: largest difference of outputs and gradients."""
+    problem = Problem("fp32", 2, 64, 4, 4, 8, ((16, 1), (32, 2), (99, 4)), head_offset="blocked", mix_grad="detached")
+    own = [
+        shard(torch.randn(2, 64, 4, 8, generator=torch.Generator().manual_seed(seed)), None, group) for seed in range(4)
+    ]
+    inputs, dout = [x.requires_grad_() for x in own[:3]], own[3]
+    widths, rates = zip(*problem.branches, strict=True)
+    outs = (
+        scale_out.all_gathered(problem, *inputs, group),
+        dilated_attention(*inputs, widths, rates, group=group, head_offset="blocked", mix_grad="detached"),
+    )
+    both = [(out, *torch.autograd.grad(out, inputs, dout)) for out in outs]
+    return max((a - b).abs().max().item() for a, b in zip(*both, strict=True))
+
+
+def scaled_out(group: dist.ProcessGroup) -> dict[str, Any]:
+    """The benchmark itself, as small as it gets."""
+    return scale_out.measure(scale_out.series(32, 64)[3:4], torch.device("cpu"), rounds=1)
+
+
 def absent(group: dist.ProcessGroup) -> str:
     """A rank that takes no part, in a group whose timeout is a second."""
     impatient = dist.new_group(timeout=timedelta(seconds=1))
@@ -347,6 +370,8 @@ PROGRAMS: dict[str, dict[str, tuple[int, Scene]]] = {
         "autocast": (2, autocast),
         "compiled": (2, compiled),
         "two dimensions": (4, two_dimensions),
+        "gathered whole": (2, gathered_whole),
+        "scaled out": (4, scaled_out),
         "absent": (4, absent),
         "dead": (4, dead),
     },

@@ -61,7 +61,13 @@ class Share:
 
     def plan(self, problem: Problem, device: torch.device) -> Plan:
         """What runs a part."""
-        return plan(problem, devices.current(device), self.backend, option_values.current(), backward=self.backward)
+        options = option_values.current()
+        chosen = plan(problem, devices.current(device), self.backend, options, backward=self.backward)
+        if options.miss_log is not None:
+            from ..runtime.misses import note
+
+            note(options.miss_log, chosen, backward=self.backward)
+        return chosen
 
     def tokens_at(self, steps: Tensor) -> Tensor:
         """Tokens of steps of the whole sequence."""
