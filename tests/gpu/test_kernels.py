@@ -188,5 +188,5 @@ def test_memcheck_is_clean() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "ran 7 kinds" in done.stdout
+    assert "ran 9 kinds" in done.stdout
     assert "ERROR SUMMARY: 0 errors" in done.stdout
