@@ -31,7 +31,7 @@ help:
 	@echo "make test      everything that a machine without a GPU can check"
 	@echo "make lint      generated/ against its templates, ruff, mypy"
 	@echo "make generate  render templates/ into generated/"
-	@echo "make bench     time it beside the alternatives"
+	@echo "make bench     time it beside the alternatives; ARGS='--list' and others choose what"
 	@echo "make prove     compile every variant for every GPU we know, without one"
 	@echo "make gpu-test  every kernel against the oracle, on this machine's GPU"
 	@echo "With PYTHON=... or in an active environment that has torch, that one is used; else .venv is made."
@@ -59,9 +59,10 @@ generate: $(SETUP)
 	$(call need,jinja2)
 	$(PY) -m codegen
 
+bench: ARGS ?= --tier 1
 bench: $(SETUP)
 	$(call need,$(RUN_TIME))
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks $(ARGS)
 
 prove: $(SETUP)
 	$(call need,$(TESTS) triton)

@@ -1,7 +1,7 @@
 """`python -m benchmarks` (`make bench`): this package beside everything else that computes the same, on one GPU.
 
-    python -m benchmarks                        # all cases, the most telling first; hours
-    python -m benchmarks --budget 360           # as far as six minutes go
+    python -m benchmarks --tier 1               # what the goals are about, some ten minutes: `make bench`
+    python -m benchmarks --budget 360           # as far as six minutes go, the most telling cases first
     python -m benchmarks --list                 # what there is; --level, --workload, --case and --tier choose
     python -m benchmarks --resume               # what the result file lacks
     python -m benchmarks report [--check]       # docs/performance.md and its figures from the result files

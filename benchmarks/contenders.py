@@ -25,6 +25,7 @@ UNORDERED = "this package, no order"
 DENSE = "dense, cuDNN"
 CUDNN, FLASH_2, FLASH_4, EFFICIENT = "cuDNN", "FlashAttention-2", "FlashAttention-4", "memory-efficient"
 FLEX, FLEX_TMA = "FlexAttention", "FlexAttention, TMA"
+"""Of gathered rows where a branch's kernel is timed, of everything under an exact mask where a whole operation is."""
 COMPILED_CUDNN = "cuDNN, gathered, compiled"
 TORCHSCALE = "torchscale's way, FlashAttention-2, eager"
 
@@ -107,6 +108,7 @@ def _operations(case: Case, where: torch.device) -> dict[str, Contender]:
         make = partial(composed.torchscale, problem, libraries[FLASH_2])
         found[TORCHSCALE] = Contender(make, mix_grad="detached", problem=padded)
     if case.slow:
+        found[f"{FLEX}, gathered, compiled"] = composition(flex.with_lse, whole=True)
         for name, tma in ((FLEX, False), (FLEX_TMA, True)):
             found[name] = Contender(lambda tma=tma: flex.attention(problem, where, index(), tma=tma), compiles=True)
     return found

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from dilated_attention_pytorch.config import Problem, cdiv
 
 Count = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-LARGEST_MASK = 1 << 34
+LARGEST_MASK = 1 << 31
 """Elements of a mask that is made in memory, at most."""
 
 
@@ -101,6 +101,19 @@ def packed(rows: int, is_causal: bool, device: torch.device, *, tma: bool = Fals
             lambda batch, head, query, key: key <= query, B=None, H=None, Q_LEN=rows, KV_LEN=rows, device=device
         )
     return partial(_compiled(device), **options)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """out (P, H, rows, D) and lse (P, H, rows), to be compiled by the caller.
+
+    Raises:
+        NotImplementedError: Causal: each length would need a mask of its own.
+    """
+    if is_causal:
+        raise NotImplementedError("a causal mask for each number of rows")
+    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True))
+    assert isinstance(aux.lse, Tensor)
+    return out, aux.lse
 
 
 def _compiled(device: torch.device) -> Callable[..., Any]:

@@ -85,7 +85,7 @@ def measure(
         run.beside_the_times(host=case.level == "operations")
     found = run.found
     del run
-    _collect()
+    release()
     return found
 
 
@@ -123,7 +123,7 @@ class _Run:
                     self.found[name]["failed"] = wrong
                 else:
                     self._attends[name] = attend
-            _collect()
+            release()
 
     def time(self, measurement: str, make: Callable[..., Call], *, gradients: bool = False) -> None:
         """Time all that are left in turns; who fails is out, and the others begin again."""
@@ -138,7 +138,7 @@ class _Run:
             except Failed as failed:
                 name, cause = str(failed), failed.__cause__ or failed
                 del calls[name]
-                _collect()
+                release()
                 with _reason(self.found, name):
                     raise cause from None
                 continue
@@ -252,7 +252,7 @@ class _Truth:
         except torch.OutOfMemoryError:
             if self._case.level != "scale":
                 raise
-        _collect()
+        release()
         return {"out": self._known[1].forward_error(attend, *self._tensors[:3])}
 
 
@@ -315,7 +315,8 @@ def is_sticky(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def _collect() -> None:
+def release() -> None:
+    """Give back what nobody holds."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

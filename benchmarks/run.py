@@ -81,6 +81,7 @@ def run(
     if where.type == "cuda":
         set_up_compilers()
     number = _begin(document, command, settings, ceilings(where))
+    measure.release()
 
     def left() -> float:
         return budget - (time.monotonic() - begun)
@@ -90,7 +91,15 @@ def run(
             if left() <= 0:
                 break
             wanted = prepare.jobs(together, where) if processes else []
+            start = time.monotonic()
             prepared = prepare.prepare(wanted, str(where), PREPARING * left(), display.note, processes)
+            if wanted:
+                seconds = time.monotonic() - start
+                failed = [f"\n    {case.name}, {who}: {why}" for (case, who), why in prepared.failed.items()]
+                display.say(
+                    f"{len(wanted)} contenders prepared in {seconds:.0f} s; {len(prepared.left)} are not ready, "
+                    f"{len(failed)} ended their process{''.join(failed)}"
+                )
             for case in together:
                 if left() <= 0:
                     break
@@ -206,7 +215,11 @@ class Shown(AbstractContextManager["Shown"]):
     def done(self, name: str, case: Mapping[str, Any]) -> None:
         """A case is done: its ratios and who failed."""
         self._bar.advance(self._task)
-        self._console.print(line(name, case), markup=False, soft_wrap=True)
+        self.say(line(name, case))
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
 
 
 def line(name: str, case: Mapping[str, Any]) -> str:

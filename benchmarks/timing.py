@@ -24,6 +24,9 @@ PATIENCE = 10.0
 
 LEAST_ROUNDS = 3
 
+HOPELESS = 10.0
+"""Who takes so many times the quickest's time is timed in the least rounds only."""
+
 FLUSHED_BYTES = 1 << 28
 """Written before each timed call on a GPU: more than any level-2 cache holds."""
 
@@ -76,7 +79,7 @@ def samples(
         patience: Seconds after which no further round begins, once there are `LEAST_ROUNDS`.
 
     Returns:
-        Milliseconds of each round, by name.
+        Milliseconds of each round, by name; of the hopeless fewer.
 
     Raises:
         Failed: A call did.
@@ -86,10 +89,14 @@ def samples(
         with _named(name):
             clock.prepare(name, call)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     begun = time.perf_counter()
     for place in range(rounds):
+        if place == LEAST_ROUNDS:
+            quickest = min(map(statistics.median, times.values()))
+            names = [name for name in names if statistics.median(times[name]) < HOPELESS * quickest]
         if place < LEAST_ROUNDS or time.perf_counter() - begun < patience:
-            for name in list(calls)[:: -1 if place % 2 else 1]:
+            for name in names[:: -1 if place % 2 else 1]:
                 with _named(name):
                     times[name].append(clock.once(name, calls[name]))
         progress()

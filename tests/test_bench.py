@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -367,6 +368,14 @@ def test_a_backward_is_timed_without_its_forward() -> None:
     seen.clear()
     timing.host_us(Step(), CPU)
     assert "".join(seen) == ("f" * timing.HOST_CALLS + "b" * timing.HOST_CALLS) * timing.HOST_SERIES
+
+
+def test_the_hopeless_take_no_more_time() -> None:
+    """Minutes for a contender that is out of the running, or the others' rounds lost with it."""
+    seen: list[str] = []
+    calls = {"slow": lambda: time.sleep(0.02), "quick": lambda: seen.append("quick")}
+    times = timing.samples(calls, CPU, 9)
+    assert {name: len(taken) for name, taken in times.items()} == {"slow": timing.LEAST_ROUNDS, "quick": 9}
 
 
 def test_the_call_that_fails_is_named() -> None:
