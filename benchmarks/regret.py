@@ -2,9 +2,10 @@
 
 Problems are drawn with a seed: a third between those of the database (of a kind that was tuned, with rows between the
 tuned ones), a third beyond them (fewer rows, or more), a third across (of a kind that was not tuned: another head
-dimension, dtype, order or causality). For each the plan says what would run, and the tuner searches everything there
-is, steps around the best included, and times the five fastest once more in turn with what would run. Regret is the time
-of what would run over the best time of these: 1 where nothing is lost. The database is read and never written.
+dimension, dtype, order or causality, or several branches in one pass). For each the plan says what would run, and the
+tuner searches everything there is, steps around the best included, and times the five fastest once more in turn with
+what would run. Regret is the time of what would run over the best time of these: 1 where nothing is lost. The database
+is read and never written.
 
     python -m benchmarks.regret                 # 20 problems: benchmarks/results/regret_<gpu>.json
     python -m benchmarks.regret --count 60 --seed 7 --budget 600
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from dilated_attention_pytorch import database
+from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch.config import OPS, Problem, ProblemKey
 from dilated_attention_pytorch.database import Database
@@ -46,6 +47,7 @@ from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.tuning.search import candidate_of
 from dilated_attention_pytorch.tuning.space import KERNEL, Candidate
 from dilated_attention_pytorch.tuning.tune import Progress, Settings, tune
+from dilated_attention_pytorch.variant import Variant
 from dilated_attention_pytorch.workloads import near_square
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -134,7 +136,7 @@ def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Dat
         for name in found.devices(device.arch)
         for op in OPS
         for key in found.entries(device.arch, name, op)
-        if key.dtype in DTYPES and len(key.branches) == 1
+        if key.dtype in DTYPES
     }
     drawn: list[Drawn] = []
     for where, op in itertools.islice(itertools.cycle(itertools.product(WHERE, OPS)), count):
@@ -160,7 +162,8 @@ def _task(chance: random.Random, where: str, op: str, tuned: set[ProblemKey], de
         kind = _any_kind(chance, op)
         rows = _between(chance, LEAST_ROWS, MOST_ROWS)
     else:
-        spanned = {kind: rows for kind, rows in kinds.items() if where == "beyond" or min(rows) < max(rows)}
+        alone = {kind: rows for kind, rows in kinds.items() if len(kind.branches) == 1}
+        spanned = {kind: rows for kind, rows in alone.items() if where == "beyond" or min(rows) < max(rows)}
         if not spanned:
             return None
         kind = chance.choice(list(spanned))
@@ -169,16 +172,18 @@ def _task(chance: random.Random, where: str, op: str, tuned: set[ProblemKey], de
         rows = _between(chance, *chance.choice(ranges[where]))
     if not LEAST_ROWS <= rows <= MOST_ROWS:
         return None
-    problem = _problem(chance, kind, rows)
-    (task,) = (task for task in problems.of_calls([(where, problem)], device) if task.op == op)
-    if (_kind(task.key) in kinds) != (where != "across") or (where != "across" and _kind(task.key) != kind):
+    problem = _chain(chance, kind) if where == "across" and chance.random() < 0.25 else _problem(chance, kind, rows)
+    tasks = [task for task in problems.of_calls([(where, problem)], device) if task.op == op]
+    if len(tasks) != 1 or not _can_be_measured(tasks[0], device):
         return None
-    return task if _can_be_measured(task, device) else None
+    found = _kind(tasks[0].key)
+    fits = found not in kinds if where == "across" else found == kind
+    return tasks[0] if fits else None
 
 
 def _kind(key: ProblemKey) -> ProblemKey:
     """What two keys share whose measurements may speak for each other."""
-    return replace(key, branches=(), grid=1)
+    return replace(key, branches=((0, 0),) * len(key.branches), grid=1)
 
 
 def _any_kind(chance: random.Random, op: str) -> ProblemKey:
@@ -186,7 +191,7 @@ def _any_kind(chance: random.Random, op: str) -> ProblemKey:
         op=op,
         dtype=chance.choice(DTYPES),
         head_dim=chance.choice(HEAD_DIMS),
-        branches=(),
+        branches=((0, 0),),
         queries=chance.choice(("dilated", "all")),
         order=chance.choice(("none", "snake")),
         causal=chance.choice((False, True)),
@@ -201,8 +206,27 @@ def _problem(chance: random.Random, kind: ProblemKey, rows: int) -> Problem:
     segment = rows * rate - chance.choice((0, rate // 2))
     segments = 1 if "full" in kind.flags else chance.randint(2, 16)
     tail = chance.randrange(segment) if segments > 1 and chance.random() < 0.5 else 0
-    heads = chance.choice((4, 8, 12, 16))
     length = segments * segment - tail
+    return replace(
+        _call(chance, kind, length, ((segment, rate),)),
+        queries=kind.queries,
+        order=kind.order,
+        row_width=near_square(length) if kind.order == "snake" else 0,
+        mask="mask" in kind.flags,
+        dropout="dropout" in kind.flags,
+        padding="zeros" if "zeros" in kind.flags else "none",
+    )
+
+
+def _chain(chance: random.Random, kind: ProblemKey) -> Problem:
+    """A call of several branches that one of the rendered texts computes in one pass, of any length."""
+    chains = sorted({Variant.from_name(name).levels for name in generated.names() - {"delta"}} - {()})
+    branches = chance.choice(chains)
+    return _call(chance, kind, chance.randint(branches[0][0], 2 * branches[-1][0]), branches)
+
+
+def _call(chance: random.Random, kind: ProblemKey, length: int, branches: tuple[tuple[int, int], ...]) -> Problem:
+    heads = chance.choice((4, 8, 12, 16))
     return Problem(
         dtype=kind.dtype,
         batch=chance.choice((1, 2, 4)),
@@ -210,15 +234,9 @@ def _problem(chance: random.Random, kind: ProblemKey, rows: int) -> Problem:
         heads=heads,
         kv_heads=heads,
         head_dim=kind.head_dim,
-        branches=((segment, rate),),
-        queries=kind.queries,
+        branches=branches,
         head_offset=chance.choice(("cyclic", "blocked", "zero")),
-        order=kind.order,
-        row_width=near_square(length) if kind.order == "snake" else 0,
         causal=kind.causal,
-        mask="mask" in kind.flags,
-        dropout="dropout" in kind.flags,
-        padding="zeros" if "zeros" in kind.flags else "none",
     )
 
 
@@ -230,7 +248,8 @@ def _between(chance: random.Random, low: float, high: float) -> int:
 def _can_be_measured(task: Task, device: Device) -> bool:
     problem = task.problem
     elements = problem.batch * problem.length * problem.heads * problem.head_dim
-    scores = 2 * problem.heads * query_rows(problem, 0) * problem.rows(0)
+    pairs = (query_rows(problem, branch) * problem.rows(branch) for branch in range(len(problem.branches)))
+    scores = 2 * problem.heads * sum(pairs)
     in_time = SHORTEST_US <= problems.crude_us(task, device) <= LONGEST_US
     return in_time and elements <= MOST_ELEMENTS and scores <= MOST_SCORES
 
