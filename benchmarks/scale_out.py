@@ -282,8 +282,8 @@ def _tried(call: Callable[[], Step], group: dist.ProcessGroup, where: torch.devi
         return f"{type(error).__name__}: {error}".partition("\n")[0][:100]
 
 
-def _profile(one: Series, ranks: int, group: dist.ProcessGroup, where: torch.device) -> dict[str, Any]:
-    """How much of the messages' time on this GPU its own kernels run beside."""
+def _profile(one: Series, ranks: int, group: dist.ProcessGroup, where: torch.device) -> dict[str, Any] | None:
+    """How much of the messages' time on this GPU its own kernels run beside; None where none was recorded."""
     step = _step(one.at(ranks), _inputs(one.at(ranks), where), group)[0]
     step()
     _synchronize(where)
@@ -296,6 +296,8 @@ def _profile(one: Series, ranks: int, group: dist.ProcessGroup, where: torch.dev
         if event.device_type == torch.autograd.DeviceType.CUDA:
             span = (event.time_range.start, event.time_range.end)
             (messages if "nccl" in event.name.lower() else kernels).append(span)
+    if not kernels:
+        return None
     return {
         "series": one.name,
         "ranks": ranks,

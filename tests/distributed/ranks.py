@@ -70,11 +70,18 @@ BY_KERNELS = (
     Cut(Case(N=61, branches=((64, 1), (64, 4)), G=2, B=2, causal=True), (41, 20)),
     Cut(Case(N=43, branches=((30, 1), (25, 4)), head_offset="blocked", padding="zeros", mask=True, B=2), (20, 23)),
     Cut(Case(N=45, branches=((40, 3), (12, 2)), D=8, dtype="fp16"), (18, 27), "detached"),
+    Cut(Case(N=52, branches=((13, 4), (30, 6)), head_offset=((0, -1, 3, 2), (-1, -1, 5, 0)), D=8), (17, 30, 5)),
 )
-"""For generated kernels in Triton's interpreter."""
+"""For generated kernels, all ranks in one process."""
+
+LARGE = (
+    Cut(Case(N=3000, branches=((512, 1), (2048, 4), (4096, 8)), D=64, causal=True, dtype="bf16"), (700, 1300, 1000)),
+    Cut(Case(N=4096, branches=((1024, 1), (2048, 2), (9000, 4)), H=8, G=2, D=128, dtype="bf16"), (1024,) * 4),
+)
+"""The same on a GPU."""
 
 
-def attend(cut: Cut, group: dist.ProcessGroup, **more: Any) -> dict[str, Tensor]:
+def attend(cut: Cut, group: dist.ProcessGroup) -> dict[str, Tensor]:
     """This rank's results of a case."""
     case, inputs = cut.case, make_inputs(cut.case)
     words = arguments(case, inputs)
@@ -89,7 +96,7 @@ def attend(cut: Cut, group: dist.ProcessGroup, **more: Any) -> dict[str, Tensor]
     if dist.get_rank(group):
         torch.manual_seed(5)  # the seed of dropout is the first rank's
     out, lse = dilated_attention(
-        q, k, v, group=group, dropout_p=case.dropout, mix_grad=cut.mix_grad, return_lse=True, **words, **more
+        q, k, v, group=group, dropout_p=case.dropout, mix_grad=cut.mix_grad, return_lse=True, **words
     )
     results, given = [out], [own(inputs.dout)]
     if cut.mix_grad == "exact":
@@ -354,28 +361,25 @@ def dead(group: dist.ProcessGroup) -> str:
     return told(lambda: dilated_attention(*qkv(), 8, 1, group=impatient))
 
 
-def of_cut(cut: Cut, **more: Any) -> tuple[int, Scene]:
+def of_cut(cut: Cut) -> tuple[int, Scene]:
     """A case as a scene."""
-    return len(cut.lengths), lambda group: attend(cut, group, **more)
+    return len(cut.lengths), lambda group: attend(cut, group)
 
 
-PROGRAMS: dict[str, dict[str, tuple[int, Scene]]] = {
-    "torch": {
-        **{cut.id: of_cut(cut) for cut in CUTS},
-        **{f"traffic of {ranks}": (ranks, traffic) for ranks in (3, 4)},
-        "there and back": (3, there_and_back),
-        "disagreements": (2, disagreements),
-        "groups": (4, groups),
-        "recomputed": (2, recomputed),
-        "autocast": (2, autocast),
-        "compiled": (2, compiled),
-        "two dimensions": (4, two_dimensions),
-        "gathered whole": (2, gathered_whole),
-        "scaled out": (4, scaled_out),
-        "absent": (4, absent),
-        "dead": (4, dead),
-    },
-    "kernels": {cut.id: of_cut(cut, backend="triton") for cut in BY_KERNELS},
+SCENES: dict[str, tuple[int, Scene]] = {
+    **{cut.id: of_cut(cut) for cut in CUTS},
+    **{f"traffic of {ranks}": (ranks, traffic) for ranks in (3, 4)},
+    "there and back": (3, there_and_back),
+    "disagreements": (2, disagreements),
+    "groups": (4, groups),
+    "recomputed": (2, recomputed),
+    "autocast": (2, autocast),
+    "compiled": (2, compiled),
+    "two dimensions": (4, two_dimensions),
+    "gathered whole": (2, gathered_whole),
+    "scaled out": (4, scaled_out),
+    "absent": (4, absent),
+    "dead": (4, dead),
 }
 """Scenes by name: of how many ranks, and what they do."""
 
@@ -384,21 +388,20 @@ class Failed(str):
     """The traceback of a scene."""
 
 
-def run(rank: int, port: int, folder: Path, program: str, ranks: int) -> None:
-    """One process: all scenes of a program; what came of them goes into a file."""
+def run(rank: int, port: int, folder: Path) -> None:
+    """One process: all scenes; what came of them goes into a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    members = {size: dist.new_group(list(range(size))) for size in range(2, ranks + 1)}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    members = {size: dist.new_group(list(range(size))) for size in range(2, RANKS + 1)}
     found: dict[str, Any] = {}
     try:
-        for name, (size, scene) in PROGRAMS[program].items():
+        for name, (size, scene) in SCENES.items():
             if rank < size:
                 try:
                     found[name] = scene(members[size])
                 except Exception:
                     found[name] = Failed(traceback.format_exc())
-        if ranks > 2:
-            dist.barrier(members[ranks - 1])  # the first process keeps what all of them meet by
+        dist.barrier(members[RANKS - 1])  # the first process keeps what all of them meet by
     finally:
         torch.save(found, folder / f"{rank}.pt")
         os._exit(0)  # a group that lost a rank does not close
