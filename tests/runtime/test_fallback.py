@@ -33,7 +33,7 @@ KERNELS = {
     KERNEL: tuple(name for name in _NAMES if not Variant.from_name(name).one_tile),
     ONE_TILE: tuple(name for name in _NAMES if Variant.from_name(name).one_tile),
 }
-DRAWN = settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def takes(op: str, problem: Problem, config: LaunchConfig, arch: str, one_tile: bool) -> int:

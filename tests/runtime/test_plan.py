@@ -229,7 +229,7 @@ def test_nothing_that_is_chosen_exceeds_its_device(tmp_path: Path) -> None:
     }
     committed = database_at(tmp_path, greedy)
     measured = 0
-    for found, _ in itertools.product(devices, range(40)):
+    for found, _ in itertools.product(devices, range(12)):
         asked = drawn(source)
         smaller = replace(found, shared_bytes=found.shared_bytes - source.choice((0, 0, 30_000)))
         for choice in choices(planned(committed, asked, smaller)):
@@ -239,7 +239,7 @@ def test_nothing_that_is_chosen_exceeds_its_device(tmp_path: Path) -> None:
                 need = found.shared_bytes
                 measured += 1
             assert need <= smaller.shared_bytes, (smaller.name, asked, choice)
-    assert measured > 50
+    assert measured > 20
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
