@@ -1,4 +1,4 @@
-"""docs/performance.md and its figures, drawn from the result files in benchmarks/results/ alone."""
+"""docs/performance.md, its figures and the README's table, from the result files in benchmarks/results/ alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from benchmarks.contenders import OURS, TORCHSCALE, UNORDERED
 from benchmarks.goals import GOALS, MEASURED, Found, Goal, extra_bytes
 from benchmarks.results import Document, best_peer, median, ratio
 
-PAGE = results.FOLDER.parents[1] / "docs" / "performance.md"
-FIGURES = PAGE.parent / "figures"
+ROOT = results.FOLDER.parents[1]
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- `python -m benchmarks report` writes from here -->", "<!-- to here -->"
+"""Where a page holds them, what stands between is drawn."""
 NOTHING = "No result of this measurement is committed yet."
 
 
@@ -40,17 +41,52 @@ def documents(folder: Path = results.FOLDER) -> dict[str, Document]:
     return {path.name: results.load(path) for path in sorted(folder.glob("bench_*.json"))}
 
 
-def files(found: Mapping[str, Document], page: Path = PAGE) -> dict[Path, str | figures.Picture]:
-    """The page, and its figures, as they should be."""
+def files(found: Mapping[str, Document], page: Path = PAGE, readme: Path = README) -> dict[Path, str | figures.Picture]:
+    """The page, its figures, and the README where it has a place for the table, as they should be."""
     pictures = {
         page.parent / "figures" / _figure(name, picture): picture
         for name, document in found.items()
         for picture in figures.pictures(document)
     }
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     sections = [_section(name, document) for name, document in found.items()] or [NOTHING]
-    text = "\n\n".join([before.rstrip(), BEGIN, *sections, END]) + rest.partition(END)[2]
-    return {page: text, **pictures}
+    texts = {page: _between_marks(page, "\n\n".join(sections))}
+    if readme.is_file() and BEGIN in readme.read_text(encoding="utf-8"):
+        texts[readme] = _between_marks(readme, summary(found) or NOTHING)
+    return {**texts, **pictures}
+
+
+def _between_marks(path: Path, text: str) -> str:
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    return "\n\n".join([before.rstrip(), BEGIN, text, END]) + rest.partition(END)[2]
+
+
+def summary(found: Mapping[str, Document]) -> str:
+    """Whole operations on every GPU side by side: ours, the best peer, the ratio."""
+    cases = dict.fromkeys(name for document in found.values() for name, _ in _of_level(document, "operations"))
+    lines = []
+    for name in cases:
+        for measurement in ("forward", "both"):
+            cells = [cell for document in found.values() for cell in _beside_best(document, name, measurement)]
+            if any(cells):
+                lines.append([f"`{name.removeprefix('op-')}` {MEASURED[measurement]}", *cells])
+    gpus = [f"{_gpu(document)}, ms" for document in found.values()]
+    head = ["", *(cell for gpu in gpus for cell in (gpu, "best peer, ms", "ratio"))]
+    return _table(head, lines)
+
+
+def _beside_best(document: Document, name: str, measurement: str) -> list[str]:
+    case = document["cases"].get(name, {"rows": {}})
+    mine, peer = median(case["rows"].get(OURS, {}), measurement), best_peer(case, measurement)
+    return [
+        _number(mine),
+        "" if peer is None else f"{_number(peer[1])} ({_short(peer[0])})",
+        _number(ratio(case, measurement)),
+    ]
+
+
+def _gpu(document: Document) -> str:
+    found = document["runs"][-1]["environment"]
+    return str(found.get("gpu", found["cpu"]))
 
 
 def is_stale(path: Path, wanted: str | figures.Picture) -> bool:
@@ -74,7 +110,7 @@ def _section(name: str, document: Document) -> str:
         picture.name: f"![{picture.name}](figures/{_figure(name, picture)})" for picture in figures.pictures(document)
     }
     parts = [
-        f"## {runs[-1]['environment'].get('gpu', runs[-1]['environment']['cpu'])}",
+        f"## {_gpu(document)}",
         "\n".join(_run(name, run) for run in runs),
         _titled("Goals", _goals(document)),
         _titled("Whole operations", [shown.get("operations", ""), _operations(document)]),

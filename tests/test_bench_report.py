@@ -69,7 +69,7 @@ def page(tmp_path: Path) -> Path:
 
 def draw(page: Path, found: results.Document) -> list[Path]:
     """Write what is stale."""
-    wanted = report.files({"bench_h100.json": found}, page)
+    wanted = report.files({"bench_h100.json": found}, page, page.with_name("README.md"))
     old = [path for path, text in wanted.items() if report.is_stale(path, text)]
     for path in old:
         path.parent.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def test_a_page_is_drawn_once(page: Path) -> None:
 
 def test_tables_say_what_was_measured(page: Path) -> None:
     """A ratio upside down, a best peer that is ours, a failure that vanishes or breaks its table."""
-    text = report.files({"bench_h100.json": document()}, page)[page]
+    text = report.files({"bench_h100.json": document()}, page, page.with_name("README.md"))[page]
     assert isinstance(text, str)
     lines = text.splitlines()
     (both,) = (line for line in lines if line.startswith("| `op-longnet` forward + backward"))
@@ -118,6 +118,26 @@ def test_tables_say_what_was_measured(page: Path) -> None:
     assert any(line.startswith("| wide, 131072 |") for line in lines)
     tables = [line for line in lines if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
+
+
+def test_the_readme_s_table_has_all_gpus(page: Path) -> None:
+    """A column under another GPU's name, or a README that is drawn into without a place for it."""
+    readme = page.with_name("README.md")
+    h100, h200 = document(), document()
+    h200["runs"][0]["environment"]["gpu"] = "NVIDIA H200"
+    h200["cases"]["op-longnet"]["rows"][OURS]["forward_ms"] = [0.1] * 3
+    both = {"bench_h100.json": h100, "bench_h200.json": h200}
+    readme.write_text("# Name\n", encoding="utf-8")
+    assert readme not in report.files(both, page, readme)
+    readme.write_text(f"# Name\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nMore.\n", encoding="utf-8")
+    text = report.files(both, page, readme)[readme]
+    assert isinstance(text, str)
+    assert text.startswith("# Name\n") and text.endswith("More.\n") and "old" not in text
+    head, _, forward, _ = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    assert [cell for cell in head if "NVIDIA" in cell] == ["NVIDIA H100, ms", "NVIDIA H200, ms"]
+    assert forward[0] == "| `longnet` forward"
+    assert forward[3] == "1.7"
+    assert forward[4] == "0.1"
 
 
 def test_goals_are_held_against_the_worst_case() -> None:
