@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import dilated_attention_pytorch as dap
 from benchmarks import scale_out
 from dilated_attention_pytorch.config import Problem
-from dilated_attention_pytorch.distributed import dilated_attention, shard, unshard
+from dilated_attention_pytorch.distributed import agreement, dilated_attention, shard, unshard
 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
@@ -233,6 +234,16 @@ def groups(group: dist.ProcessGroup) -> dict[str, Any]:
     }
 
 
+def beside_gpus(group: dist.ProcessGroup) -> bool:
+    """A group that takes no CPU tensors, as far as it says: its ranks agree through another one, made once."""
+    mine = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
+        dilated_attention(*qkv(), 20, 3, group=mine).sum().backward()
+        channel = agreement._CHANNELS[mine]
+        dilated_attention(*qkv(), 20, 3, group=mine)
+    return channel is not mine and agreement._CHANNELS[mine] is channel
+
+
 def recomputed(group: dist.ProcessGroup) -> float:
     """Gradients under checkpointing, where the forward and its messages come twice, less those without."""
     worst = 0.0
@@ -372,6 +383,7 @@ SCENES: dict[str, tuple[int, Scene]] = {
     "there and back": (3, there_and_back),
     "disagreements": (2, disagreements),
     "groups": (4, groups),
+    "beside GPUs": (2, beside_gpus),
     "recomputed": (2, recomputed),
     "autocast": (2, autocast),
     "compiled": (2, compiled),

@@ -72,6 +72,11 @@ def test_groups_are_said_in_several_ways(outcomes: Outcomes) -> None:
         assert "add up to 12" in told["lengths"]
 
 
+def test_ranks_agree_through_a_group_of_cpus(outcomes: Outcomes) -> None:
+    """A GPU that is waited for at each call, or a group made at each of them."""
+    assert outcomes("beside GPUs") == [True, True]
+
+
 def test_sharding_is_undone(outcomes: Outcomes) -> None:
     """A swapped direction of the order, shares that overlap, gradients of one rank's loss alone."""
     assert outcomes("there and back") == [5, 4, 4]

@@ -71,10 +71,10 @@ class ShardedAttention(torch.autograd.Function):
             for span in _spans(share, shards, q.device):
                 sums.add(span, *span.backward(q, k, v, *whole))
             pending.wait()
-            for (_, indices), parts in zip(laid, returned, strict=True):
-                _, dk, dv = sums.results()
-                exchange.add_rows(dk, dv, parts, indices)
-        return *sums.results(), None, None, None
+        dq, dk, dv = sums.results()
+        for (_, indices), parts in zip(laid, returned, strict=True):
+            exchange.add_rows(dk, dv, parts, indices)
+        return dq, dk, dv, None, None, None
 
 
 def _laid(share: Share, shards: Shards, device: torch.device) -> list[tuple[Run, Rows]]:

@@ -6,7 +6,7 @@ A *run* is some segments of one branch whose kept rows are brought together, whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -211,70 +211,103 @@ def rows(
         prefix: As for `runs`.
         device: Of the tensors.
     """
-    rate = problem.branches[run.branch][1]
-    width = shards.width(problem.branches[run.branch][0])
-    kinds = _kinds(offsets, problem)
-    if not kinds:
+    units = _Units.of(run, shards, problem, offsets)
+    if units is None:
         return None
-    starts = torch.arange(run.start, run.stop, width)
-    # [U]: one (segment, key/value head, offset) each
-    start = starts.repeat_interleave(len(kinds))
-    stop = (start + width).clamp(max=run.stop)
-    base = start + torch.tensor([offset for _, offset in kinds]).repeat(len(starts))
-    kv_heads = torch.tensor([kv_head for kv_head, _ in kinds]).repeat(len(starts))
-    query_heads = list(kinds.values()) * len(starts)
-
-    def kept_before(step: Tensor | int) -> Tensor:
-        """Kept rows of each unit before a step."""
-        return (torch.as_tensor(step).minimum(stop) - base + rate - 1).div(rate, rounding_mode="floor").clamp(min=0)
-
     (own,) = (owner for owner in run.senders if owner.rank == shards.rank)
-    low, high = kept_before(own.first), kept_before(own.last)
-    seen = high if prefix else kept_before(run.stop)
     phantoms = problem.padding == "zeros" and not problem.causal
-    count = torch.full_like(seen, cdiv(width, rate)) if phantoms else seen
+    count = units.kept_before(own.last if prefix else run.stop)
+    if phantoms:
+        count = torch.full_like(count, cdiv(shards.width(problem.branches[run.branch][0]), units.rate))
 
-    blocks, places = [0], torch.full((len(base), int(count.max())), -1)
+    blocks, places = [0], torch.full((len(count), int(count.max())), -1)
     for owner in run.senders:
-        unit, row = _ranges(kept_before(owner.first), kept_before(owner.last))
+        unit, row = units.rows_in(owner)
         places[unit, row] = torch.arange(blocks[-1], blocks[-1] + len(row))
         blocks.append(blocks[-1] + len(row))
-        if owner == own:
-            own_steps, own_heads = base[unit] + row * rate - shards.start, kv_heads[unit]
     places[places < 0] = blocks[-1]
 
-    if problem.queries == "all":
-        first_asked, asked = start.clamp(min=own.first), stop.clamp(max=own.last) - start.clamp(min=own.first)
-        stride, low = 1, torch.zeros_like(low)
+    unit, row = units.rows_in(own)
+    steps = units.base[unit] + row * units.rate - shards.start
+    pieces = _pieces(units, own, count, places, shards, asks_all=problem.queries == "all", device=device)
+    return Rows(tuple(blocks), steps.to(device), units.kv_heads[unit].to(device), tuple(pieces), phantoms)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The (segment, key/value head, offset) triples of a run, [U] each.
+
+    Attributes:
+        start, stop: Steps of the segment.
+        base: Its first kept step.
+        kv_heads: Key/value heads.
+        heads: The query heads that read them at this offset.
+        rate: r.
+    """
+
+    start: Tensor
+    stop: Tensor
+    base: Tensor
+    kv_heads: Tensor
+    heads: list[list[int]]
+    rate: int
+
+    @classmethod
+    def of(cls, run: Run, shards: Shards, problem: Problem, offsets: Sequence[int]) -> _Units | None:
+        """None where no head takes part."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for head, offset in enumerate(offsets):
+            if offset >= 0:
+                kinds.setdefault((head * problem.kv_heads // problem.heads, offset), []).append(head)
+        if not kinds:
+            return None
+        kinds = dict(sorted(kinds.items()))
+        segment_length, rate = problem.branches[run.branch]
+        width = shards.width(segment_length)
+        starts = torch.arange(run.start, run.stop, width)
+        start = starts.repeat_interleave(len(kinds))
+        kv_heads, first = torch.tensor(list(kinds)).repeat(len(starts), 1).unbind(1)
+        heads = list(kinds.values()) * len(starts)
+        return cls(start, (start + width).clamp(max=run.stop), start + first, kv_heads, heads, rate)
+
+    def kept_before(self, step: int) -> Tensor:
+        """Kept rows before a step of the sequence."""
+        ends = self.stop.clamp(max=step)
+        return (ends - self.base + self.rate - 1).div(self.rate, rounding_mode="floor").clamp(min=0)
+
+    def rows_in(self, owner: Owner) -> tuple[Tensor, Tensor]:
+        """Unit and row of every kept row of a rank, by unit."""
+        low = self.kept_before(owner.first)
+        counts = self.kept_before(owner.last) - low
+        unit = torch.arange(len(low)).repeat_interleave(counts)
+        return unit, low[unit] + torch.arange(len(unit)) - (counts.cumsum(0) - counts)[unit]
+
+
+def _pieces(
+    units: _Units,
+    own: Owner,
+    count: Tensor,
+    places: Tensor,
+    shards: Shards,
+    *,
+    asks_all: bool,
+    device: torch.device,
+) -> Iterator[Piece]:
+    """Units of equal size together: `count` keys each, at `places` of the run's rows, asked by this rank's steps."""
+    if asks_all:
+        first_asked = units.start.clamp(min=own.first)
+        low, asked, stride = torch.zeros_like(count), units.stop.clamp(max=own.last) - first_asked, 1
     else:
-        first_asked, asked, stride = base + low * rate, high - low, rate
-    sizes = torch.stack([count, low, asked, torch.tensor([len(heads) for heads in query_heads])], dim=1)
-    pieces = []
+        low = units.kept_before(own.first)
+        first_asked, asked, stride = units.base + low * units.rate, units.kept_before(own.last) - low, units.rate
+    sizes = torch.stack([count, low, asked, torch.tensor([len(heads) for heads in units.heads])], dim=1)
     for size in torch.unique(sizes, dim=0):
         keys, first, queries, _ = size.tolist()
-        units = (sizes == size).all(1).nonzero().flatten()
-        if queries == 0 or keys == 0:
+        if keys == 0 or queries == 0:
             continue
-        steps = first_asked[units, None] + torch.arange(queries) * stride - shards.start
-        key_steps = (base[units, None] + torch.arange(keys) * rate).clamp(max=max(shards.length - 1, 0))
-        heads = torch.tensor([query_heads[unit] for unit in units.tolist()])
-        places_seen = places[units, :keys]
-        pieces.append(Piece(steps.to(device), heads.to(device), places_seen.to(device), key_steps.to(device), first))
-    return Rows(tuple(blocks), own_steps.to(device), own_heads.to(device), tuple(pieces), phantoms)
-
-
-def _kinds(offsets: Sequence[int], problem: Problem) -> dict[tuple[int, int], list[int]]:
-    """Query heads by the (key/value head, offset) whose rows they read."""
-    kinds: dict[tuple[int, int], list[int]] = {}
-    for head, offset in enumerate(offsets):
-        if offset >= 0:
-            kinds.setdefault((head * problem.kv_heads // problem.heads, offset), []).append(head)
-    return dict(sorted(kinds.items()))
-
-
-def _ranges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Every (unit, row) with low[unit] ≤ row < high[unit], by unit."""
-    counts = high - low
-    unit = torch.arange(len(low)).repeat_interleave(counts)
-    within = torch.arange(len(unit)) - (counts.cumsum(0) - counts)[unit]
-    return unit, low[unit] + within
+        alike = (sizes == size).all(1).nonzero().flatten()
+        steps = first_asked[alike, None] + torch.arange(queries) * stride - shards.start
+        key_steps = (units.base[alike, None] + torch.arange(keys) * units.rate).clamp(max=shards.length - 1)
+        heads = torch.tensor([units.heads[unit] for unit in alike.tolist()])
+        keys_at = places[alike, :keys]
+        yield Piece(steps.to(device), heads.to(device), keys_at.to(device), key_steps.to(device), first)
