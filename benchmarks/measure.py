@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,7 +118,9 @@ class _Run:
                 contender = self._contenders[name]
                 attend = contender.make()
                 errors = truth.errors(contender, attend)
-                self.found[name]["errors"] = {result: float(f"{error:.2e}") for result, error in errors.items()}
+                self.found[name]["errors"] = {
+                    result: float(f"{error:.2e}") if math.isfinite(error) else None for result, error in errors.items()
+                }
                 slack = 1.0 if name == ours else self._settings.slack
                 if wrong := _wrong(errors, self._case.problem.dtype, slack):
                     self.found[name]["failed"] = wrong
@@ -150,7 +153,7 @@ class _Run:
         """Peaks of memory above the inputs, and what the host takes to queue a call."""
         for name in self._left():
             self._note(f"memory and host of {name}")
-            with _reason(self.found, name):
+            with _reason(self.found, name, "failed_beside"):  # its times hold
                 attend, tensors = self._attends[name], self._inputs.of(self._contenders[name])
                 calls = {"forward": forward_call(attend, *tensors[:3])}
                 if name in self._left(gradients=True):
@@ -289,8 +292,8 @@ def _wrong(errors: Mapping[str, float], dtype: str, slack: float) -> str:
 class _reason:
     """Write down why a contender failed, and go on without it."""
 
-    def __init__(self, found: dict[str, Row], name: str) -> None:
-        self._row, self._name = found[name], name
+    def __init__(self, found: dict[str, Row], name: str, where: str = "failed") -> None:
+        self._row, self._name, self._where = found[name], name, where
 
     def __enter__(self) -> None:
         pass
@@ -298,7 +301,7 @@ class _reason:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if error is None or not isinstance(error, Exception):
             return False
-        self._row["failed"] = told(error)
+        self._row[self._where] = told(error)
         if is_sticky(error):
             raise Sticky(self._name) from error
         return True
