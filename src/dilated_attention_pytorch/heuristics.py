@@ -24,7 +24,7 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
             512: ((128, 32, 8, 2), (64, 32, 4, 2)),
         },
         "dkdv": {128: ((64, 64, 4, 3),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
-        "dq": {128: ((128, 64, 4, 2),), 256: ((128, 64, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
+        "dq": {128: ((64, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
     },
     "large": {  # 160 KiB of shared memory and more: sm_80, sm_100, gfx950
         "fwd": {128: ((128, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((128, 32, 8, 2), (64, 32, 4, 2))},
@@ -59,11 +59,18 @@ _SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
     },
 }
-# Of several branches in one pass, by descriptor, as in `_TABLES`: measured on an H100, LongNet's branches.
+# Of several branches in one pass on Hopper, by loads and op, rows of 128 bytes: measured on an H100.
 _CHAINS_ON_HOPPER = {
-    "fwd": {128: (LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),)},
-    "dkdv": {128: (LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),)},
-    "dq": {128: (LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),)},
+    "descriptor": {
+        "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),
+    },
+    "pointer": {
+        "fwd": LaunchConfig(64, 64, num_warps=4, num_stages=3),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=1),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3),
+    },
 }
 _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
@@ -101,8 +108,8 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
         arch: As there.
     """
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
-    row_bytes = padded_head_dim(head_dim) * DTYPE_BYTES[dtype]
-    best = _CHAINS_ON_HOPPER[op].get(row_bytes, ()) if arch == "sm_90" and loads == "descriptor" else ()
+    measured = arch == "sm_90" and padded_head_dim(head_dim) * DTYPE_BYTES[dtype] == 128
+    best = [_CHAINS_ON_HOPPER[loads][op]] if measured else []
     configs = [*best, *(replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))]
     return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
 
