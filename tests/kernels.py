@@ -107,8 +107,9 @@ def pattern_case(
         segment, length = 1 << 20, (64 * rate if variant.even else 62 * rate + 1)
     else:
         segment = variant.segment or 100
-        # Five segments of 128 cut a row of the snake that runs backwards: two do not, and the snake would be left out.
-        segments = 5 if variant.order == "snake" else 2
+        # Five segments of 128 cut a row of the snake that runs backwards: two do not, and where every step is kept the
+        # snake would be left out.
+        segments = 5 if variant.order == "snake" and rate == 1 else 2
         length = segment * segments if variant.even else segment * segments + segment // 3 + 1
     return Case(
         N=length,
@@ -131,7 +132,8 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     if not variant.one_tile:
         # Not all keys in one tile, and an even divisor of all rows.
         size = 16 if rows < 64 else 32 if rows < 128 else 64
-        return dict.fromkeys(OPS, LaunchConfig(size, size, num_warps=4, num_stages=1))
+        asked = 64 if variant.queries == "all" and isinstance(variant.segment, int) else size
+        return dict.fromkeys(OPS, LaunchConfig(asked, size, num_warps=4, num_stages=1))
     tile = max(next_power_of_two(rows), 16)
     asking = variant.segment if variant.queries == "all" else rows
     assert isinstance(asking, int)
