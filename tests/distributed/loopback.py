@@ -27,7 +27,7 @@ Laid = Sequence[tuple[Run, Rows]]
 
 @dataclass
 class Loopback:
-    """The exchange of a case without an order: the whole sequence, and gradients for other ranks."""
+    """The exchange of a case: the whole sequence of steps, and gradients for other ranks."""
 
     case: Case
     inputs: Inputs
@@ -84,8 +84,13 @@ class Loopback:
 
 def attend(cut: Cut, device: str = "cpu") -> Results:
     """Results of all ranks together, by generated kernels."""
-    case, inputs = cut.case, make_inputs(cut.case, device)
-    assert inputs.order is None and not case.dropout
+    case, given = cut.case, make_inputs(cut.case, device)
+    steps = torch.arange(case.N, device=device) if given.order is None else given.order
+    inputs = Inputs(
+        *(x.index_select(2 if x is given.dlse else 1, steps) for x in given[:5]),
+        order=given.order,
+        mask=None if given.mask is None else given.mask[:, steps],
+    )
     loop, parts = Loopback(case, inputs), []
     stops = list(accumulate(cut.lengths))
     for rank, (length, stop) in enumerate(zip(cut.lengths, stops, strict=True)):
@@ -102,11 +107,11 @@ def attend(cut: Cut, device: str = "cpu") -> Results:
             out, lse = api.dilated_attention(
                 q, k, v, group=group, mix_grad=cut.mix_grad, return_lse=True, backend="triton", **words
             )
-            results, given = [out], [inputs.dout[:, own]]
+            results, gradients = [out], [inputs.dout[:, own]]
             if cut.mix_grad == "exact":
                 results.append(lse)
-                given.append(inputs.dlse[:, :, own].masked_fill(lse == -torch.inf, 0.0))
-            parts.append((out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), given)))
+                gradients.append(inputs.dlse[:, :, own].masked_fill(lse == -torch.inf, 0.0))
+            parts.append((out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), gradients)))
     whole = Results(*(torch.cat(x, dim=2 if place == 1 else 1) for place, x in enumerate(zip(*parts, strict=True))))
-    sums = {name: getattr(whole, name).double() + away for name, away in loop.away.items()}
-    return whole._replace(**sums)
+    whole = whole._replace(**{name: getattr(whole, name).double() + away for name, away in loop.away.items()})
+    return Results(*(x.index_select(2 if x is whole.lse else 1, steps.argsort()) for x in whole))

@@ -32,6 +32,8 @@ from dilated_attention_pytorch.distributed import agreement, dilated_attention, 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
 RANKS = 4
+PATIENCE = timedelta(seconds=30)
+"""After which ranks that fail apart from each other are no longer waited for."""
 Scene = Callable[[dist.ProcessGroup], Any]
 
 
@@ -62,6 +64,7 @@ CUTS = (
     Cut(Case(N=64, branches=((8, 1), (32, 2), (100, 4)), B=2, dtype="fp64"), (16, 16, 16, 16)),
     Cut(Case(N=64, branches=((16, 1), (32, 2)), causal=True, dtype="bf16"), (16, 16, 16, 16)),
     Cut(Case(N=61, branches=((16, 3), (40, 4)), padding="zeros", mask=True, B=2, dtype="fp16"), (45, 8, 8)),
+    Cut(Case(N=61, branches=((16, 3),), padding="zeros", head_offset="blocked", dtype="fp64"), (48, 13)),
     Cut(Case(N=59, branches=((16, 3), (64, 4)), order="random", causal=True, dtype="fp32"), (0, 30, 0, 29)),
     Cut(Case(N=57, branches=((64, 1), (16, 2)), H=6, G=2, dropout=0.3, dtype="fp32"), (20, 37)),
 )
@@ -72,6 +75,7 @@ BY_KERNELS = (
     Cut(Case(N=43, branches=((30, 1), (25, 4)), head_offset="blocked", padding="zeros", mask=True, B=2), (20, 23)),
     Cut(Case(N=45, branches=((40, 3), (12, 2)), D=8, dtype="fp16"), (18, 27), "detached"),
     Cut(Case(N=52, branches=((13, 4), (30, 6)), head_offset=((0, -1, 3, 2), (-1, -1, 5, 0)), D=8), (17, 30, 5)),
+    Cut(Case(N=57, branches=((15, 1), (30, 2)), order="random", causal=True), (30, 27)),
 )
 """For generated kernels, all ranks in one process."""
 
@@ -404,7 +408,7 @@ def run(rank: int, port: int, folder: Path) -> None:
     """One process: all scenes; what came of them goes into a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    members = {size: dist.new_group(list(range(size))) for size in range(2, RANKS + 1)}
+    members = {size: dist.new_group(list(range(size)), PATIENCE) for size in range(2, RANKS + 1)}
     found: dict[str, Any] = {}
     try:
         for name, (size, scene) in SCENES.items():

@@ -266,9 +266,10 @@ def _refuse_products(share: Share, shards: Shards) -> None:
     reasons = []
     if share.dropout is not None:
         reasons.append("dropout goes by a token's number in the whole sequence, which kernels do not know")
-    if share.problem.causal and share.tokens is not None:
-        reasons.append("under an order, is_causal goes by that number too")
-    if share.problem.queries == "all" and any(shards.crosses(width) for width, _ in share.problem.branches):
-        reasons.append('queries="all" of a segment that crosses ranks are not its kept rows')
+    if any(shards.crosses(width) for width, _ in share.problem.branches):
+        if share.by_token:
+            reasons.append("in a segment that crosses ranks under an order, so does is_causal")
+        if share.problem.queries == "all":
+            reasons.append('queries="all" of a segment that crosses ranks are not its kept rows')
     if reasons:
         raise UnsupportedError(f"the triton backend refuses across ranks: {'; '.join(reasons)}")

@@ -28,16 +28,18 @@ class Planned:
         plan: What runs.
         scale: Factor of the scores.
         offsets: Head offsets of the plan's branches.
+        index: Steps -> rows, where there is an order.
     """
 
     plan: Plan
     scale: float
     offsets: HeadOffsets
+    index: Tensor | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out and lse."""
         out, lse = backend_of(self.plan).forward(
-            self.plan, q, k, v, scale=self.scale, index=None, mask=mask, offsets=self.offsets
+            self.plan, q, k, v, scale=self.scale, index=self.index, mask=mask, offsets=self.offsets
         )
         return out, lse.transpose(1, 2)
 
@@ -63,7 +65,7 @@ class Planned:
             dout,
             None if dlse is None else dlse.transpose(1, 2),
             scale=self.scale,
-            index=None,
+            index=self.index,
             mask=mask,
             offsets=self.offsets,
         )

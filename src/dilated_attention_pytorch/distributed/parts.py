@@ -51,13 +51,18 @@ class Share:
 
     @property
     def in_place(self) -> bool:
-        """Backends compute whole segments where they lie: they take a row's place in its tensor for its token."""
-        return self.dropout is None and not (self.problem.causal and self.tokens is not None)
+        """Backends compute whole segments by themselves: they take a row's place for its token, as dropout may not."""
+        return self.dropout is None
+
+    @property
+    def by_token(self) -> bool:
+        """Which keys a query sees goes by tokens that steps do not follow."""
+        return self.problem.causal and self.tokens is not None
 
     @property
     def prefix(self) -> bool:
         """A query sees no later step."""
-        return self.problem.causal and self.tokens is None
+        return self.problem.causal and not self.by_token
 
     def plan(self, problem: Problem, device: torch.device) -> Plan:
         """What runs a part."""
@@ -77,21 +82,29 @@ class Share:
 class Span:
     """Whole segments of some branches: this rank's rows [first, last).
 
+    Where tokens decide, the rows are put in their sequence, and the backend follows the order within them.
+
     Attributes:
-        is_whole: These are all of this rank's rows.
+        is_whole: These are all of this rank's rows, as they lie.
     """
 
     def __init__(self, share: Share, branches: Sequence[int], first: int, last: int, device: torch.device) -> None:
         chosen = tuple(share.problem.branches[branch] for branch in branches)
         problem = replace(share.problem, length=last - first, branches=chosen)
+        self._rows: slice | Tensor = slice(first, last)
+        index = None
+        if share.by_token:
+            steps = torch.arange(first, last, device=device)
+            by_token = share.tokens_at(steps + share.start).argsort()
+            problem, index = replace(problem, order="hilbert"), by_token.argsort().int()
+            self._rows = steps[by_token]
         table = share.offsets.table
         offsets = HeadOffsets(
             tuple(share.offsets.rows[branch] for branch in branches), None if table is None else table[list(branches)]
         )
-        self.is_whole = problem.length == share.problem.length
-        self._rows = slice(first, last)
+        self.is_whole = problem.length == share.problem.length and index is None
         self._mask = None if share.mask is None else share.mask[:, self._rows]
-        self._engine = Planned(share.plan(problem, device), share.scale, offsets)
+        self._engine = Planned(share.plan(problem, device), share.scale, offsets, index)
 
     def read(self, x: Tensor) -> Tensor:
         """The part's rows of x (B, n, H, …)."""
@@ -188,7 +201,7 @@ class Gathered:
     def _kernels(self) -> Planned | None:
         """One segment of dilation 1, of which this rank asks some rows; None where no kernel of ours takes that."""
         share, piece = self._share, self._piece
-        if not share.in_place or share.problem.queries == "all":
+        if share.dropout is not None or share.by_token or share.problem.queries == "all":
             return None
         (units, heads), keys, queries = piece.heads.shape, piece.keys.shape[1], piece.steps.shape[1]
         problem = replace(
@@ -207,4 +220,4 @@ class Gathered:
         if queries < keys:
             asked = replace(problem, query_range=(piece.first, piece.first + queries))
             chosen = share.plan(asked, piece.steps.device)
-        return Planned(chosen, share.scale, HeadOffsets(((0,) * heads,)))
+        return Planned(chosen, share.scale, HeadOffsets(((0,) * heads,)), index=None)
