@@ -14,6 +14,7 @@ import pytest
 from codegen.render import render
 from dilated_attention_pytorch import generated
 from dilated_attention_pytorch.config import LaunchConfig, Problem
+from dilated_attention_pytorch.device import Toolchain, simulated
 from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime import variants
 from dilated_attention_pytorch.runtime.variants import chain, text_for
@@ -71,6 +72,16 @@ def test_classes_have_rows_for_many_tiles() -> None:
     wide = replace(LONGNET, branches=tuple((2048 << level, 1 << level) for level in range(5)))
     texts = NAMES | {"s2048_4096_8192_16384_32768_d1_2_4_8_16"}
     assert chain(wide, texts) == (0, 1, 2)
+
+
+def test_the_story_tells_of_a_pass() -> None:
+    """Three branches that seem to have vanished, or a text that nobody knows could be had."""
+    told = plans.plan(LONGNET, simulated("h100"), "triton", toolchain=Toolchain("3.6.0")).explain()
+    assert "launch 1: branches 0, 1, 2 in one pass, segment/dilation 2048/1, 4096/2, 8192/4" in told
+    assert "--add" not in told
+    other = replace(LONGNET, branches=((512, 1), (1024, 1)))
+    told = plans.plan(other, simulated("h100"), "triton", toolchain=Toolchain("3.6.0")).explain()
+    assert "branches 0, 1 could share a pass: in a checkout, `python -m codegen --add 512:1+1024:1`" in told
 
 
 def test_tiles_divide_a_class() -> None:

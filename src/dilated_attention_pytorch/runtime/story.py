@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..config import Problem
 from .plan import BranchPlan, Choice, Plan
+from .variants import nested
 
 
 def tell(plan: Plan, *, backward: bool = True) -> str:
@@ -36,6 +37,20 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
             told = choice.passed
         if branch.fwd.variant.dilation is None and (spec := _pattern(plan.problem, branch)):
             yield f"  no text of its own: in a checkout, `python -m codegen --add {spec}` renders one"
+    if plan.branches:
+        yield from _joined(plan)
+
+
+def _joined(plan: Plan) -> Iterator[str]:
+    """Branches that one pass could compute, had it a text."""
+    possible = nested(plan.problem)
+    if len(possible) > max(len(branch.branches) for branch in plan.branches):
+        spec = "+".join(f"{length}:{rate}" for length, rate in (plan.problem.branches[branch] for branch in possible))
+        yield f"branches {_listed(possible)} could share a pass: in a checkout, `python -m codegen --add {spec}`"
+
+
+def _listed(branches: Iterable[int]) -> str:
+    return ", ".join(map(str, branches))
 
 
 def _problem(problem: Problem) -> str:
@@ -56,6 +71,9 @@ def _problem(problem: Problem) -> str:
 
 
 def _branch(problem: Problem, place: int, branch: BranchPlan) -> str:
+    if branch.wider:
+        levels = ", ".join(f"{length}/{rate}" for length, rate in branch.fwd.variant.levels)
+        return f"launch {place}: branches {_listed(branch.branches)} in one pass, segment/dilation {levels}"
     asked = problem.branches[branch.branch][0]
     segment = f"segment {branch.segment}" + (f" (of {asked}, N is less)" if asked > branch.segment else "")
     order = ""

@@ -34,23 +34,29 @@ def rows_of_class(problem: Problem, branches: tuple[int, ...]) -> int:
 
 
 def chain(problem: Problem, texts: frozenset[str]) -> tuple[int, ...]:
-    """The branches that one pass computes, the narrowest first; none where no text does, or the call's kind forbids it.
+    """The branches that one pass computes, the narrowest first; none where no text does or the call forbids it."""
+    found = nested(problem)
+    while len(found) > 1:
+        if _of_chain([problem.branches[branch] for branch in found], even=False).name in texts:
+            return tuple(found)
+        found.pop()
+    return ()
+
+
+def nested(problem: Problem) -> list[int]:
+    """The branches that one pass could compute if there were a text, the narrowest first.
 
     Dropout tells the copies of a key apart, a detached mix the branches; an order or a table of offsets would have to
     be looked up for each class.
     """
     plain = problem.queries == "dilated" and problem.order == "none" and problem.mix_grad == "exact"
     if not plain or problem.dropout or problem.head_offset == "table" or problem.query_range is not None:
-        return ()
+        return []
     found: list[int] = []
     for branch in sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][::-1]):
         if _extends(problem, found, branch):
             found.append(branch)
-    while len(found) > 1:
-        if _of_chain([problem.branches[branch] for branch in found], even=False).name in texts:
-            return tuple(found)
-        found.pop()
-    return ()
+    return found
 
 
 def _of_chain(levels: list[tuple[int, int]], even: bool) -> Variant:
