@@ -26,7 +26,7 @@ from dilated_attention_pytorch.tuning.journal import (
     read,
 )
 from dilated_attention_pytorch.tuning.report import as_dict, page, plain, show, summarise
-from dilated_attention_pytorch.tuning.report.facts import count, duration, micros, percent, shortened, times
+from dilated_attention_pytorch.tuning.report.facts import OP_WORDS, count, duration, micros, percent, shortened, times
 from dilated_attention_pytorch.tuning.report.peaks import PEAKS, Roof
 
 from .made_up import DEFAULT, LAUNCHES, RUN, keys, rows, write
@@ -269,7 +269,7 @@ def test_each_candidate_has_its_mark(journal: Journal, shown: Page) -> None:
     assert in_races - legend == sum(len(race.timed) for race in report.races)
     assert marks.count("#mark-pick") - 1 == len(report.measured) == 20
     shapes = [text for tag, a, text in shown.found if tag == "g" and a.get("id", "").startswith("mark-")]
-    assert len(shapes) == 9
+    assert len(shapes) == 6 + len(OP_WORDS)
 
 
 def test_what_lies_beyond_the_axis_is_marked() -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ...config import OPS, LaunchConfig, ProblemKey
+from ...config import LaunchConfig, ProblemKey
 from ...errors import ConfigError
 from ..journal import Config, End, Journal, Measurement, Pick, ProblemRow, Run
 from .peaks import Roof, arithmetic
@@ -16,7 +16,7 @@ from .peaks import Roof, arithmetic
 NEAR = 1.02
 """A candidate whose time is at most this many times the pick's is as good as the pick."""
 
-OP_WORDS = dict(zip(OPS, ("forward", "dK and dV", "dQ"), strict=True))
+OP_WORDS = {"fwd": "forward", "dkdv": "dK and dV", "dq": "dQ", "bwd": "all gradients"}
 STATUS_WORDS = {
     "compile": "The compiler refused it.",
     "timeout": "It ran or compiled past its time limit and was ended.",

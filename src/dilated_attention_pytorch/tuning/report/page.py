@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element
 from ..journal import Measurement
 from . import plots
 from .facts import (
+    OP_WORDS,
     STATUS_WORDS,
     Race,
     Report,
@@ -185,8 +186,9 @@ def _roofline(report: Report) -> Iterator[Element]:
         else "This device’s peak arithmetic or bandwidth is not in the table, so no complete roof is drawn."
     )
     yield tag("p", text, class_="lead")
-    marks = (("fwd", "forward"), ("dkdv", "dK and dV"), ("dq", "dQ"))
-    legend = tag("p", *(tag("span", plots.key(op, f"point {op}"), word) for op, word in marks), class_="legend")
+    shown = {race.problem.key.op for race in report.measured}
+    marks = (tag("span", plots.key(op, f"point {op}"), word) for op, word in OP_WORDS.items() if op in shown)
+    legend = tag("p", *marks, class_="legend")
     yield tag("figure", legend, drawn, class_="roofline")
 
 

@@ -39,6 +39,7 @@ def symbols() -> Element:
         "fwd": tag("circle", r="4.2"),
         "dkdv": tag("path", d="M-4-4H4V4H-4Z"),
         "dq": tag("path", d="M0-5 4.6 3.4H-4.6Z"),
+        "bwd": tag("path", d="M0-5 5 0 0 5-5 0Z"),
     }
     # A symbol would be clipped to a box; a group that is used is not.
     groups = (tag("g", shape, id=f"mark-{name}") for name, shape in shapes.items())
