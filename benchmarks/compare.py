@@ -16,8 +16,8 @@ from benchmarks.rows import Attend
 from benchmarks.timing import Spread, interleaved, peak_bytes
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.order import TokenOrder
+from dilated_attention_pytorch.precision import TOLERANCES
 from dilated_attention_pytorch.tuning.screen import DTYPES
-from tests.tolerances import TOLERANCES
 
 SAMPLED = 16
 """Rows drawn for the oracle, besides the first and the last; of all heads and batch elements."""
