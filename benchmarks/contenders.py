@@ -18,7 +18,9 @@ from benchmarks.cases import Case, useful_flops
 from benchmarks.compare import Contender, ours
 from benchmarks.composed import Kernel
 from benchmarks.rows import Attend
+from dilated_attention_pytorch import device
 from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.runtime.plan import Choice, plan
 
 OURS = "this package"
 UNORDERED = "this package, no order"
@@ -129,6 +131,15 @@ def _scaled(case: Case, where: torch.device) -> dict[str, Contender]:
         return composed.attention(dense, _cudnn)
 
     return {OURS: _this_package(case), DENSE: Contender(make, problem=dense)}
+
+
+def launches(problem: Problem) -> list[str]:
+    """What this package runs for a problem here: text, operation, configuration and where it is from; or a backend."""
+    chosen = plan(problem, device.current())
+    every = [value for branch in chosen.branches for value in vars(branch).values() if isinstance(value, Choice)]
+    return [f"{choice.variant.name} {choice.op} {choice.config.name} ({choice.rung})" for choice in every] or [
+        chosen.backend
+    ]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

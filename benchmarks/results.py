@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, limits_ms, useful_flops
-from benchmarks.contenders import NOT_PEERS, OURS
+from benchmarks.contenders import NOT_PEERS, OURS, launches
 
 FOLDER = Path(__file__).resolve().parent / "results"
 MEASUREMENTS = ("forward", "backward", "both")
@@ -42,6 +42,7 @@ def record(case: Case, rows: Mapping[str, Any], ceilings: Mapping[str, float], s
         "workload": case.workload,
         "problem": {name: value for name, value in asdict(case.problem).items() if name in _TOLD},
         "gflop": round(useful_flops(case.problem) / 1e9, 3),
+        "launches": launches(case.problem),
     }
     if case.level in ("kernels", "operations"):
         limits = limits_ms(case.problem, ceilings["matmul_tflops"], ceilings["copy_tb_s"])

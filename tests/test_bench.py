@@ -118,6 +118,7 @@ def test_who_is_right_is_timed(measured: results.Document) -> None:
     assert operation["limit_ms"] == {
         name: round(value, 5) for name, value in limits_ms(OPERATION.problem, 1.0, 0.1).items()
     }
+    assert operation["launches"] == ["torch"]
     (ran,) = measured["runs"]
     assert ran["left_out"] == []
     assert {"commit", "torch", "cpu"} <= ran["environment"].keys()
