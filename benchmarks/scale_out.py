@@ -45,6 +45,9 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 BOUNDS = {"out": 8e-3, "gradients": 2e-2}
 """Twice the contract's: both sides round."""
 
+GROWTH = 4, 2
+"""How much wider and sparser branches become, where they follow the sequence: more rows travel than in LongNet."""
+
 Step = Callable[[], object]
 
 
@@ -56,7 +59,7 @@ class Series:
         name: Of its rows.
         problem: On one GPU.
         strong: All GPUs share the problem's tokens; else each has as many.
-        grows: Branches follow LongNet's rule up to the whole sequence, so that some cross ranks.
+        grows: Segments become wider and sparser up to the whole sequence, so that some cross ranks.
     """
 
     name: str
@@ -67,7 +70,7 @@ class Series:
     def at(self, ranks: int) -> Problem:
         """The whole problem on so many GPUs."""
         length = self.problem.length * (1 if self.strong else ranks)
-        branches = tuple(scale.grown(length)) if self.grows else self.problem.branches
+        branches = tuple(scale.grown(length, *GROWTH)) if self.grows else self.problem.branches
         return replace(self.problem, length=length, branches=branches)
 
 
@@ -77,9 +80,8 @@ def series(tokens: int, strong_tokens: int) -> tuple[Series, ...]:
     return (
         Series("weak longvit", longvit),
         Series("weak wide", wide),
-        Series("weak wide, causal", replace(wide, causal=True)),
-        Series("weak LongNet, grown to the sequence", longnet, grows=True),
-        Series("weak LongNet, grown, causal", replace(longnet, causal=True), grows=True),
+        Series("weak, segments up to the sequence", longnet, grows=True),
+        Series("the same, causal", replace(longnet, causal=True), grows=True),
         Series("strong wide", replace(wide, length=strong_tokens), strong=True),
     )
 
@@ -126,13 +128,13 @@ def measure(chosen: Sequence[Series], where: torch.device, rounds: int) -> dict[
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in sizes}
     rows, profile = [], None
     for one in chosen:
-        alone = 0.0
+        alone: dict[str, Any] = {}
         for ranks, group in groups.items():
             if dist.get_rank() < ranks:
                 row = _row(one, ranks, group, where, rounds, with_others=ranks == sizes[-1] > 1)
-                alone = row["seconds"] if ranks == 1 else alone
+                alone = row if ranks == 1 else alone
                 if dist.get_rank() == 0:
-                    rows.append(_scaled(one, row, alone))
+                    rows.append(_scaled(row, alone))
             dist.barrier()
         if profile is None and one.grows and sizes[-1] > 1 and where.type == "cuda" and dist.get_rank() < sizes[-1]:
             profile = _profile(one, sizes[-1], groups[sizes[-1]], where)
@@ -168,15 +170,10 @@ def _row(
     errors = _errors(problem, whole, group) if ranks > 1 else {}
     low, median, high = _timed(step, group, where, rounds)
     others: dict[str, float | str] = {}
-    if with_others:
-        mine: dict[str, Callable[[], Step]] = {}
-        if where.type == "cuda":
-            mine = {"ring, dense causal": lambda: _ring(whole, group, where)}
-        if not problem.causal:
-            mine = {"all-gather": lambda: _all_gathered(problem, (q, k, v), dout, group)} | mine
-        for name, call in mine.items():
-            few = 1 if name.startswith("ring") else rounds
-            others[name] = _tried(call, group, where, few)
+    if with_others and not problem.causal:
+        others["all-gather"] = _tried(lambda: _all_gathered(problem, (q, k, v), dout, group), group, where, rounds)
+        if where.type == "cuda":  # it takes seconds
+            others["ring, dense causal"] = _tried(lambda: _ring(whole, group, where), group, where, rounds=1)
     sizes = scale.Sizes(
         problem.batch, problem.heads, problem.kv_heads, problem.head_dim, DTYPE_BYTES[problem.dtype], problem.causal
     )
@@ -189,6 +186,7 @@ def _row(
         "seconds": median,
         "low": low,
         "high": high,
+        "flops": scale.flops(sizes, problem.branches, problem.length // ranks, problem.length),
         "errors": errors,
         "others": others,
         "sent_bytes": 2 * max(scale.bytes_sent(sizes, problem.branches, own) for own in shards),
@@ -196,9 +194,9 @@ def _row(
     }
 
 
-def _scaled(one: Series, row: dict[str, Any], alone: float) -> dict[str, Any]:
-    """A row beside the one-GPU time of its series."""
-    expected = alone / row["ranks"] if one.strong else alone
+def _scaled(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
+    """A row beside the time in which one GPU does as much work."""
+    expected = alone["seconds"] * row["flops"] / alone["flops"]
     travelling = row["sent_bytes"] / scale.LINKS["NVLink"] + row["messages"] * scale.MESSAGE_S
     return row | {"efficiency": expected / row["seconds"], "model_seconds": expected + travelling}
 

@@ -107,12 +107,12 @@ def bytes_kept(sizes: Sizes, branches: Branches, shards: Shards) -> int:
     return kept
 
 
-def grown(length: int) -> list[tuple[int, int]]:
-    """LongNet's rule: segments and dilation rates double from (2048, 1) on, until a segment holds everything."""
+def grown(length: int, wider: int = 2, sparser: int = 2) -> list[tuple[int, int]]:
+    """Branches from (2048, 1) on, each so much wider and sparser, until a segment holds everything: LongNet's rule."""
     branches = [(2048, 1)]
     while branches[-1][0] < length:
         width, rate = branches[-1]
-        branches.append((2 * width, 2 * rate))
+        branches.append((wider * width, sparser * rate))
     return branches
 
 
@@ -163,8 +163,8 @@ def render(document: dict[str, Any], file: str) -> str:
     head = f"""\
 **{document["ranks"]} × {found.get("gpu", found["cpu"])}**, torch {found["torch"]}, triton {found["triton"]},
 `{document["command"]}` ([result](../benchmarks/results/{file})). Forward and backward in milliseconds: the slowest
-rank, medians of {document["rounds"]}. Efficiency is one GPU's time over this one, for strong scaling divided by GPUs.
-The model takes the series' time on one GPU and adds what travels, none of it hidden.
+rank, medians of {document["rounds"]}. Efficiency is the time in which one GPU does as much work as each of these, over
+this one. The model takes that time and adds what travels, none of it hidden.
 """
     columns = ("series", "tokens", "GPUs", "ms", "efficiency", "model ms", "MB sent a GPU", "others, ms")
     lines = [head, _line(*columns), _line(*("---" for _ in columns))]
