@@ -63,8 +63,8 @@ def job(stages: int) -> Compilation:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    """Two processes, of half a second a job."""
-    made = Pool(L4, 2, faulty, limit_s=0.5)
+    """Two processes, of three seconds a job."""
+    made = Pool(L4, 2, faulty, limit_s=3.0)
     yield made
     made.stop()
 
@@ -87,7 +87,7 @@ def test_every_fault_is_an_answer_and_costs_no_other(pool: Pool) -> None:
     assert all(found[place] == Compiled("ok", Resources(1000, 32, 0)) for place in range(1, len(asked), 2))
     told = {STAGES[asked[place]]: (found[place].status, found[place].message) for place in range(0, len(asked), 2)}
     assert told == {
-        "hang": ("timeout", "no answer within 0.5 s"),
+        "hang": ("timeout", "no answer within 3 s"),
         "crash": ("compile", "its process ended: killed by SIGABRT"),
         "eats": ("compile", "MemoryError: "),
         "raise": ("compile", "ValueError: 'tt.dot' op failed"),

@@ -115,7 +115,7 @@ def dies_early() -> Callable[[str], Any]:
 
 
 def slow_start() -> Callable[[str], Any]:
-    time.sleep(0.5)
+    time.sleep(1.2)
     return jobs()
 
 
@@ -131,7 +131,7 @@ def test_a_process_that_does_not_start_is_no_answer(setup: Callable[[], Any], me
 def test_a_start_has_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's import counted as the first candidate's time; or a start that never ends, waited for."""
     slow = Worker(slow_start)
-    assert ask(slow, "first", seconds=0.3)[0] == "first"
+    assert ask(slow, "first", seconds=1.0)[0] == "first"
     slow.stop()
     monkeypatch.setattr(worker, "START_S", 0.1)
     assert ask(slow, "first") == NoStart("no start in 0.1 s")
