@@ -32,7 +32,7 @@ from dilated_attention_pytorch.distributed import agreement, dilated_attention, 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
 RANKS = 4
-PATIENCE = timedelta(seconds=30)
+PATIENCE = timedelta(seconds=60)
 """After which ranks that fail apart from each other are no longer waited for."""
 Scene = Callable[[dist.ProcessGroup], Any]
 
@@ -267,6 +267,17 @@ def recomputed(group: dist.ProcessGroup) -> float:
     return worst
 
 
+def elsewhere(group: dist.ProcessGroup) -> bool:
+    """Under another default device, and after a call in inference mode, results are the same."""
+    q, k, v = qkv(length=11)
+    with torch.inference_mode():
+        first = dilated_attention(q, k, v, [7, 30], [1, 2], group=group)
+    with torch.device("meta"):
+        out = dilated_attention(q, k, v, [7, 30], [1, 2], group=group)
+        out.sum().backward()
+    return torch.equal(out, first) and q.grad is not None
+
+
 def autocast(group: dist.ProcessGroup) -> bool:
     """Under autocast the result is that of inputs cast by hand."""
     q, k, v = (x.detach().float() for x in qkv())
@@ -389,6 +400,7 @@ SCENES: dict[str, tuple[int, Scene]] = {
     "groups": (4, groups),
     "beside GPUs": (2, beside_gpus),
     "recomputed": (2, recomputed),
+    "elsewhere": (2, elsewhere),
     "autocast": (2, autocast),
     "compiled": (2, compiled),
     "two dimensions": (4, two_dimensions),

@@ -48,6 +48,11 @@ def test_autocast_casts_before_rows_travel(outcomes: Outcomes) -> None:
     assert all(outcomes("autocast"))
 
 
+def test_defaults_of_the_caller_do_not_matter(outcomes: Outcomes) -> None:
+    """Indices on the default device, or made in inference mode and then of no use to training."""
+    assert all(outcomes("elsewhere"))
+
+
 def test_compiled_code_around_a_call_stays_right(outcomes: Outcomes) -> None:
     """A graph that holds the shapes of the first call's messages."""
     assert max(outcomes("compiled")) < 1e-12

@@ -73,7 +73,7 @@ def agree(
         LostRankError: A rank did not come within the group's timeout, or is gone.
     """
     channel = _channel(group, device)
-    mine = torch.tensor([*_words(tuple(facts.items())), length, refusal is not None])
+    mine = torch.tensor([*_words(tuple(facts.items())), length, refusal is not None], device="cpu")
     table = [torch.empty_like(mine) for _ in range(group.size())]
     with waiting(group, "the other ranks' arguments"):
         dist.all_gather(table, mine, group=channel)

@@ -82,7 +82,8 @@ def _laid(share: Share, shards: Shards, device: torch.device) -> list[tuple[Run,
     found = []
     for run in runs(share.problem, shards, in_place=share.in_place, prefix=share.prefix):
         offsets = share.offsets.rows[run.branch]
-        indices = rows(run, shards, share.problem, offsets, prefix=share.prefix, device=device)
+        with torch.device("cpu"):  # whatever the caller's default is
+            indices = rows(run, shards, share.problem, offsets, prefix=share.prefix, device=device)
         if indices is not None:
             found.append((run, indices))
     return found
