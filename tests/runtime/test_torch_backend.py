@@ -95,7 +95,8 @@ def test_one_call_that_holds_everything(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("pack", [False, True], ids=["view", "pack"])
 def test_cutting_into_small_calls_changes_nothing(case: Case, pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches pieces that overlap, leave a segment out, or chunks of queries under the wrong mask."""
-    monkeypatch.setattr(torch_backend, "Budget", lambda *_: torch_calls.Budget(pairs=0, elements=1, pack=pack))
+    smallest = torch_calls.Budget(pairs=0, elements=1, pack=pack)
+    monkeypatch.setattr(torch_calls.Budget, "of", lambda *_, **__: smallest)
     monkeypatch.setattr(torch_attention, "SCORES", 1)
     compare(case, make_inputs(case))
 
