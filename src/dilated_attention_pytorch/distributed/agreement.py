@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,7 @@ def agree(
         dist.all_gather(table, mine, group=channel)
         said = [tuple(row.tolist()) for row in table]
         if all(row[:2] == said[0][:2] and not row[3] for row in said):
+            _meet(group, device)
             return tuple(row[2] for row in said)
         told: list[Any] = [None] * group.size()
         dist.all_gather_object(told, (None if refusal is None else str(refusal), dict(facts)), group=channel)
@@ -110,11 +111,18 @@ def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
         if "cpu" not in dist.get_backend_config(group):
             ranks = dist.get_process_group_ranks(group)
             channel = dist.new_group(ranks, timeout(group, device), "gloo", use_local_synchronization=True)
-        if device.type != "cpu":
-            # Messages between some ranks are allowed only after all of them have met once.
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
     _CHANNELS[group] = channel
     return channel
+
+
+_MET: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def _meet(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Messages between some of a group's GPUs are allowed only after all of them have met once."""
+    if device.type != "cpu" and group not in _MET:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _MET.add(group)
 
 
 def timeout(group: dist.ProcessGroup, device: torch.device) -> Any:

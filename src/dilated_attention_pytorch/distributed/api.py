@@ -159,8 +159,8 @@ def _attend(
     except DilatedAttentionError as error:
         refusal = error
     backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))
-    facts = {} if call is None else _facts(call, token_order, backend, backward)
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+    facts = {} if call is None else _facts(call, token_order, backend, backward, device)
     shards = Shards.of(agree(group, device, facts, 0 if call is None else q.shape[1], refusal), group.rank())
     assert call is not None, "a refusal is every rank's error"
     share = _share(call, shards, token_order, backend, backward, q.device, group)
@@ -186,11 +186,14 @@ def _checked(
     return resolve(q, k, v, segment_lengths, dilation_rates, deterministic=deterministic, **words)
 
 
-def _facts(call: Call, order: TokenOrder | None, backend: str | None, backward: bool) -> dict[str, str]:
+def _facts(
+    call: Call, order: TokenOrder | None, backend: str | None, backward: bool, device: torch.device
+) -> dict[str, str]:
     """All that a call has in common on all ranks, in words."""
     problem, options = call.problem, option_values.current()
     return {
         "the call": "dilated_attention",
+        "the kind of device": device.type,
         "dtype": problem.dtype,
         "batch": str(problem.batch),
         "the number of heads": str(problem.heads),

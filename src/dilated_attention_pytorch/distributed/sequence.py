@@ -87,6 +87,7 @@ def unshard(x: Tensor, order: str | TokenOrder | Tensor | None = None, group: Gr
     facts = {
         "the call": "unshard",
         "the shape beside steps": str(rest),
+        "the kind of device": x.device.type,
         "dtype": str(x.dtype),
         "dim": str(dim),
         "order": identity(token_order),
