@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import figures, results
 from benchmarks.contenders import OURS, TORCHSCALE, UNORDERED
 from benchmarks.goals import GOALS, MEASURED, Found, Goal, extra_bytes
-from benchmarks.results import Document, best_peer, median, ratio
+from benchmarks.results import Document, best_peer, left_out, median, ratio
 
 ROOT = results.FOLDER.parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -77,9 +77,10 @@ def summary(found: Mapping[str, Document]) -> str:
 def _beside_best(document: Document, name: str, measurement: str) -> list[str]:
     case = document["cases"].get(name, {"rows": {}})
     mine, peer = median(case["rows"].get(OURS, {}), measurement), best_peer(case, measurement)
+    without = ", of those timed" if left_out(case) else ""
     return [
         _number(mine),
-        "" if peer is None else f"{_number(peer[1])} ({_short(peer[0])})",
+        "" if peer is None else f"{_number(peer[1])} ({_short(peer[0])}{without})",
         _number(ratio(case, measurement)),
     ]
 
@@ -141,17 +142,19 @@ def _run(name: str, run: Mapping[str, Any]) -> str:
 
 
 def _goals(document: Document) -> str:
-    lines = [line for goal in GOALS if (found := list(goal.find(document))) for line in [_goal(goal, found)]]
+    lines = [line for goal in GOALS if (found := list(goal.find(document))) for line in [_goal(goal, found, document)]]
     return _table(("", "worst case", "worst", "middle", "floor", "goal", ""), lines)
 
 
-def _goal(goal: Goal, found: Sequence[Found]) -> list[str]:
+def _goal(goal: Goal, found: Sequence[Found], document: Document) -> list[str]:
     worst = min(found, key=goal.margin)
     middle = statistics.geometric_mean(each.value for each in found)
     if all(goal.holds(each.value, each.goal) for each in found):
         verdict = "reached"
     else:
         verdict = "above the floor" if goal.holds(worst.value, worst.floor) else "**below the floor**"
+    if "best peer" in goal.name and any(left_out(document["cases"][each.case]) for each in found):
+        verdict += "; of the peers that were timed"
     numbers = [f"{number:.3g}{goal.unit}" for number in (worst.value, middle, worst.floor, worst.goal)]
     return [goal.name, f"`{worst.case}`", *numbers, verdict]
 
@@ -162,12 +165,13 @@ def _operations(document: Document) -> str:
         for measurement in ("forward", "both"):
             mine, peer = median(case["rows"].get(OURS, {}), measurement), best_peer(case, measurement)
             eager = median(case["rows"].get(TORCHSCALE, {}), measurement)
+            without = f"; {len(left_out(case))} left out" if left_out(case) else ""
             memory = [] if peer is None else [extra_bytes(case, who) for who in (OURS, peer[0])]
             lines.append(
                 [
                     f"`{name}` {MEASURED[measurement]}",
                     _ms(case, OURS, measurement),
-                    "" if peer is None else f"{peer[1]:.3f} ({peer[0]})",
+                    "" if peer is None else f"{peer[1]:.3f} ({peer[0]}{without})",
                     _number(ratio(case, measurement)),
                     _number(eager / mine if eager and mine else None),
                     _share(case, measurement, mine),

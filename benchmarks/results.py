@@ -54,6 +54,15 @@ _TOLD = ("dtype", "batch", "length", "heads", "head_dim", "branches", "queries",
 _TOLD += ("padding",)
 
 
+LEFT_OUT = "left out"
+"""How the reason begins where a contender was not tried for want of time."""
+
+
+def left_out(case: Mapping[str, Any]) -> list[str]:
+    """Peers that a case's run had no time for: its best peer is the best of the others."""
+    return [name for name, row in case["rows"].items() if row.get("failed", "").startswith(LEFT_OUT)]
+
+
 def median(row: Mapping[str, Any], measurement: str) -> float | None:
     """Milliseconds, where that was measured."""
     found = row.get(f"{measurement}_ms")

@@ -22,7 +22,7 @@ from benchmarks.compare import Contender
 from benchmarks.contenders import OURS, contenders, set_up_compilers
 from benchmarks.environment import environment
 from benchmarks.measure import Settings, Sticky
-from benchmarks.results import Document
+from benchmarks.results import LEFT_OUT, Document
 
 PREPARED_TOGETHER = 48
 PREPARING = 0.45
@@ -177,7 +177,7 @@ def _batches(cases: Iterable[Case]) -> Iterable[list[Case]]:
 
 def _without(case: Case, prepared: prepare.Prepared, document: Document) -> dict[str, str]:
     """Who is not tried in a case, with the reason; ours is compiled where it is timed, if it must."""
-    reasons = {name: "left out: not compiled within the budget" for of, name in prepared.left if of == case}
+    reasons = {name: f"{LEFT_OUT}: not compiled within the budget" for of, name in prepared.left if of == case}
     reasons.pop(OURS, None)
     reasons |= {name: reason for (of, name), reason in prepared.failed.items() if of == case}
     return reasons | document["spoiled"].get(case.name, {})

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
-import re
 from dataclasses import replace
 
 import pytest
 
 from codegen.matrix import VARIANTS
-from dilated_attention_pytorch import _layout, device, heuristics
+from dilated_attention_pytorch import device, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import BranchPlan, Choice, untuned
 from dilated_attention_pytorch.runtime.variants import acting_order
-from dilated_attention_pytorch.source_hash import code_only
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -37,24 +34,13 @@ CHAIN_FEATURES = ("causal-mask", "grouped", "D96-fp16", "fp32-tf32")
 TOOLCHAIN = ("sm_90", "gfx942")
 ALL = os.environ.get("PROVE") == "all"
 
-
-def drawn() -> set[str]:
-    """Texts that differ by numbers alone share a fault: one of each such kind, and another one when a kind changes."""
-    kinds: dict[str, list[str]] = {}
-    for variant in VARIANTS:
-        text = (_layout.generated_dir() / f"{variant.name}.py").read_text(encoding="utf-8")
-        kinds.setdefault(re.sub(r"\d+", "0", code_only(text)), []).append(variant.name)
-    return {random.Random(kind).choice(names) for kind, names in kinds.items()}
-
-
-DRAWN = drawn()
 LARGE = {*itertools.product(KINDS, TOOLCHAIN), *itertools.product(("s2048_d2_even",), EVERYWHERE)}
 """Texts and GPUs that are compiled with the untuned default: the others with tiles that compile in half the time."""
 CELLS = [
     (variant.name, arch)
     for variant in VARIANTS
     for arch in EVERYWHERE
-    if ALL or variant.name in KINDS or (arch == "sm_90" and variant.name in DRAWN)
+    if ALL or arch == "sm_90" or variant.name in KINDS
 ]
 
 
