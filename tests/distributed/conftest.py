@@ -35,6 +35,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
     def of_scene(scene: str) -> list[Any]:
         of_ranks = [outcome[scene] for outcome in found if scene in outcome]
+        assert of_ranks, "no rank came to this scene: one before it failed"
         for rank, outcome in enumerate(of_ranks):
             assert not isinstance(outcome, ranks.Failed), f"rank {rank}: {outcome}"
         return of_ranks

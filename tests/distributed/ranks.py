@@ -28,6 +28,7 @@ import dilated_attention_pytorch as dap
 from benchmarks import scale_out
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.distributed import agreement, dilated_attention, shard, unshard
+from dilated_attention_pytorch.errors import LostRankError
 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
@@ -427,8 +428,10 @@ def run(rank: int, port: int, folder: Path) -> None:
             if rank < size:
                 try:
                     found[name] = scene(members[size])
-                except Exception:
+                except Exception as error:
                     found[name] = Failed(traceback.format_exc())
+                    if isinstance(error, LostRankError):
+                        break  # ranks are out of step: each scene would cost a timeout
         dist.barrier(members[RANKS - 1])  # the first process keeps what all of them meet by
     finally:
         torch.save(found, folder / f"{rank}.pt")
