@@ -282,11 +282,12 @@ def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: d
     """What each launch takes; a launch that does not compile has its reason."""
     table = _table(
         f"longnet, compiled for {device.name} ({device.arch})",
-        ("variant", "op", "config", "shared\nbytes", "registers\na thread", "spills\nbytes"),
+        ("variant", "op", "config", "shared\nbytes", "regs", "spills\nbytes"),
         f"There are {device.shared_bytes:,} bytes a block, and 255 registers a thread.",
     )
     for launch, taken in found:
-        row = [launch.choice.variant.name, launch.op, launch.choice.config.name]
+        tiles = launch.choice.config.name.replace("_descriptor", "\n_descriptor")  # 80 columns hold no more
+        row = [launch.choice.variant.name, launch.op, tiles]
         if isinstance(taken, str):
             table.add_row(*row, "failed", "", "")
             assert table.caption is not None
