@@ -286,7 +286,9 @@ def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: d
         f"There are {device.shared_bytes:,} bytes a block, and 255 registers a thread.",
     )
     for launch, taken in found:
-        tiles = launch.choice.config.name.replace("_descriptor", "\n_descriptor")  # 80 columns hold no more
+        config = launch.choice.config
+        loads = "" if config.loads == "pointer" else f"_{config.loads}"
+        tiles = f"{config.name.removesuffix(loads)}\n{loads}".rstrip()  # 80 columns hold no more
         row = [launch.choice.variant.name, launch.op, tiles]
         if isinstance(taken, str):
             table.add_row(*row, "failed", "", "")
@@ -311,7 +313,8 @@ def _or_dash(number: int | None) -> str:
 
 
 def _table(title: str, columns: Sequence[str], caption: str) -> Table:
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.title_justify = table.caption_justify = "left"
     words = ("", "variant", "op", "config", "pick", "why")
     for column in columns:
         table.add_column(column, justify="left" if column in words else "right", no_wrap=True)
