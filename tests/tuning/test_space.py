@@ -66,6 +66,15 @@ def test_a_space_is_neither_a_handful_nor_a_day() -> None:
             assert 25 <= len(space.space(task, H100)) <= 60
 
 
+def test_a_pair_that_branches_share_is_work_once() -> None:
+    """A chain that seems to run at more than its share of the device's peak."""
+    whole = next(task for task in EVERY if len(task.problem.branches) == 3 and task.op == "fwd" and not task.key.causal)
+    alone = [replace(whole, problem=replace(whole.problem, branches=(branch,))) for branch in whole.problem.branches]
+    # Half of what the second and the third hold lies in the segments of the one before.
+    first, second, third = (task.flops for task in alone)
+    assert whole.flops == first + second / 2 + third / 2
+
+
 def test_a_step_changes_one_thing() -> None:
     """A step that jumps: what it finds says nothing about why."""
     task = EVERY[0]

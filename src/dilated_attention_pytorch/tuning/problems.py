@@ -60,9 +60,12 @@ class Task:
         return rows * problem.head_dim * DTYPE_BYTES[problem.dtype]
 
     def _pairs(self, branch: int) -> int:
-        """(query, key) pairs of a head."""
+        """(query, key) pairs of a head; of a wider branch in a pass those that the narrower one does not hold."""
         problem = self.problem
-        return problem.length * query_rows(problem, branch) // problem.segment(branch) * problem.rows(branch)
+        pairs = problem.length * query_rows(problem, branch) // problem.segment(branch) * problem.rows(branch)
+        if branch == 0:
+            return pairs
+        return pairs - problem.length * problem.segment(branch - 1) // problem.branches[branch][1] ** 2
 
     def _rows(self, of_segment: int) -> int:
         return self.problem.length * of_segment // self.problem.segment(0)
