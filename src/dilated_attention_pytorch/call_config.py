@@ -51,7 +51,7 @@ class CallConfig:
         rate = problem.branches[branch][1]
         copied = problem.order != "none" or problem.dtype in ("bf16", "fp16")
         if op == "fwd":
-            return cls("pack" if copied or rate > 2 else "view")
+            return cls("pack" if copied or rate > 1 else "view")
         aliased = rate > 1 and rate * problem.heads * problem.head_dim * DTYPE_BYTES[problem.dtype] % PAGE == 0
         return cls("pack" if copied or aliased else "view", pairs=2)
 
