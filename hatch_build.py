@@ -12,6 +12,7 @@ class ArtifactsHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """`version` is "standard" or "editable"."""
         if self.target_name == "wheel" and version == "standard":
-            for folder in ("generated", "tune_db"):
-                inside = f"dilated_attention_pytorch/_artifacts/{folder}"
-                build_data["force_include"][str(Path(self.root, folder))] = inside
+            for pattern in ("generated/*.py", "tune_db/**/*.yaml", "tune_db/README.md"):  # no lock, no cache
+                for path in sorted(Path(self.root).glob(pattern)):
+                    inside = path.relative_to(self.root).as_posix()
+                    build_data["force_include"][str(path)] = f"dilated_attention_pytorch/_artifacts/{inside}"
