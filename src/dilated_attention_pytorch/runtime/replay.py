@@ -1,7 +1,7 @@
 """What a call launched is kept, so that the next call of its kind puts its pointers in and launches again.
 
-Triton binds, specialises and looks up a kernel at every launch, 12 to 17 µs of Python each; its own launcher, which
-this calls instead, takes 2 to 3. Nothing is measured or chosen here: the launches are those of the first call.
+Triton binds, specialises and looks up a kernel in Python at every launch; its own launcher, which this calls instead,
+takes a small part of that time. Nothing is measured or chosen here: the launches are those of the first call.
 """
 
 from __future__ import annotations
