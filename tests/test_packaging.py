@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -128,6 +129,18 @@ def test_the_console_command_is_installed(wheel: Path, environment: Environment)
     """The entry point would name a function that is not there."""
     environment.install(wheel)
     assert "doctor" in run(environment.python.parent / "dilated-attention", "--help", cwd=environment.folder)
+
+
+def test_a_wheel_carries_no_lock(tmp_path: Path) -> None:
+    """What a tuner leaves in a checkout's database, or Python beside the kernels, would be shipped."""
+    kept = {"generated/full.py", "tune_db/devices.yaml", "tune_db/README.md", "tune_db/sm_90/h100/fwd.yaml"}
+    for name in (*kept, "tune_db/.lock", "generated/__pycache__/full.cpython-311.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    data: dict[str, dict[str, str]] = {"force_include": {}}
+    hook = runpy.run_path(str(ROOT / "hatch_build.py"))["ArtifactsHook"]
+    hook(str(tmp_path), {}, None, None, str(tmp_path), "wheel").initialize("standard", data)
+    assert {Path(path).relative_to(tmp_path).as_posix() for path in data["force_include"]} == kept
 
 
 def test_no_generic_name_lands_in_site_packages(wheel: Path, wheel_from_sdist: Path) -> None:
