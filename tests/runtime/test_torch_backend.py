@@ -109,6 +109,16 @@ def test_sparse_branches_before_the_whole_one(head_offset: str, options: dict[st
     compare(case, make_inputs(case))
 
 
+@pytest.mark.parametrize("pairs", range(1, 5))
+@pytest.mark.parametrize("pack", [False, True], ids=["view", "pack"])
+def test_runs_that_share_a_key_head(pairs: int, pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one view of two runs of heads, as far apart as nothing, whose gradients cannot be added in place."""
+    case = Case(N=4, branches=((4, 1),), H=6, G=3, D=8, head_offset=((0, -1, 0, -1, 0, 0),))
+    budget = torch_calls.Budget(pairs=pairs, elements=48, pack=pack)
+    monkeypatch.setattr(torch_calls.Budget, "of", lambda *_, **__: budget)
+    compare(case, make_inputs(case))
+
+
 @pytest.mark.parametrize("order", ["none", "random"])
 @pytest.mark.parametrize("layout", ["packed", "expanded", "transposed"])
 def test_any_strides(layout: str, order: str) -> None:

@@ -145,7 +145,10 @@ class Bundle:
                 replace(first, first=first.first + place * rows, heads=_shifted(first.heads, place * heads))
                 for place in range(len(parts))
             ]
-            if heads >= 0 and spread == list(parts):  # strides are never negative
+            # Strides are never negative, and no row of a view may be there twice: of key heads that runs share,
+            # gradients are added up.
+            apart = rows > 0 or heads >= first.heads.stop - first.heads.start
+            if heads >= 0 and apart and spread == list(parts):
                 return cls((replace(first, runs=len(parts), spread=(rows, heads)),))
         return cls(tuple(parts))
 
