@@ -25,6 +25,7 @@ from benchmarks.cases import LEVELS, selected
 from benchmarks.measure import Settings, Sticky
 from benchmarks.run import again, run
 from dilated_attention_pytorch import device
+from dilated_attention_pytorch.errors import ArgumentError
 from dilated_attention_pytorch.workloads import WORKLOADS
 
 
@@ -34,7 +35,11 @@ def main(given: list[str] | None = None) -> int:
     if arguments.command == "report":
         return report.main(check=arguments.check)
     if arguments.command == "regress":
-        fallen = results.regressions(results.load(arguments.old), results.load(arguments.new))
+        try:
+            fallen = results.regressions(results.load(arguments.old), results.load(arguments.new))
+        except ArgumentError as refusal:
+            print(refusal, file=sys.stderr)
+            return 2
         print("\n".join(fallen) or "no ratio fell by more than 5 %")
         return int(bool(fallen))
     cases = selected(arguments.level, arguments.workload, arguments.case, arguments.tier)

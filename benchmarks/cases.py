@@ -205,16 +205,26 @@ def useful_flops(problem: Problem) -> float:
 
 
 def least_bytes(problem: Problem) -> dict[str, float]:
-    """What must move: each row that takes part is read once, every row of a result is written once."""
-    tokens = problem.batch * problem.length
-    share = min(1.0, sum(1 / rate for _, rate in problem.branches))
-    asked = 1.0 if problem.queries == "all" else share
-    row = problem.head_dim * DTYPE_BYTES[problem.dtype]
-    q, kv = problem.heads * row * tokens, 2 * problem.kv_heads * row * tokens
-    lse = 4 * problem.heads * tokens
-    forward = asked * q + share * kv + q + lse
-    backward = 3 * asked * q + share * kv + asked * lse + q + kv  # q, out, dout, k, v, lse; dq, dk, dv
+    """What must move: each row that takes part is read or written once, and so are the zero rows of `zero_bytes`."""
+    q, kv, asked, share = _tensors(problem)
+    lse = 4 * problem.heads * problem.batch * problem.length
+    zeros = zero_bytes(problem)
+    forward = asked * (2 * q + lse) + share * kv + zeros["forward"]  # q, k, v; out, lse
+    backward = asked * (4 * q + lse) + 2 * share * kv + zeros["backward"]  # q, out, dout, k, v, lse; dq, dk, dv
     return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def zero_bytes(problem: Problem) -> dict[str, float]:
+    """Of results, the rows of steps that no branch keeps: out in the forward; dq, dk and dv in the backward."""
+    q, kv, asked, share = _tensors(problem)
+    return {"forward": (1 - asked) * q, "backward": (1 - asked) * q + (1 - share) * kv}
+
+
+def _tensors(problem: Problem) -> tuple[float, float, float, float]:
+    """Bytes of q, and of k and v; the share of their rows that asks, and that is asked."""
+    share = min(1.0, sum(1 / rate for _, rate in problem.branches))
+    tokens = problem.batch * problem.length * problem.head_dim * DTYPE_BYTES[problem.dtype]
+    return problem.heads * tokens, 2 * problem.kv_heads * tokens, 1.0 if problem.queries == "all" else share, share
 
 
 def limits_ms(problem: Problem, tflops: float, bandwidth: float) -> dict[str, float]:

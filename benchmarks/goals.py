@@ -142,11 +142,8 @@ def _linear(document: Document) -> Iterator[Found]:
 def _goals() -> Iterator[Goal]:
     for rows, floor, goal in ((128, 1.15, 1.5), (256, 1.15, 1.3), (512, 0.95, 1.15), (1024, 0.95, 1.08)):
         for measurement in ("forward", "backward"):
-            # With few rows bytes decide, and the zero rows that we write between dilated ones are no peer's to write.
-            rate = "r1" if rows <= 256 else "r*"
-            find = _beside_best(f"kernel-n{rows}-*-{rate}*", measurement, floor, goal)
-            at = ", dilation 1" if rows <= 256 else ""
-            yield Goal(f"one branch, n = {rows}{at}, {measurement}", find)
+            find = _beside_best(f"kernel-n{rows}-*", measurement, floor, goal)
+            yield Goal(f"one branch, n = {rows}, {measurement}", find)
     for head_dim, measurement, floor in (
         (64, "forward", 0.88),
         (64, "backward", 0.70),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import composed, rows
-from benchmarks.cases import Case
+from benchmarks.cases import Case, zero_bytes
 from benchmarks.compare import SAMPLED, Contender, both_call, forget_compiled, forward_call
 from benchmarks.rows import Attend
-from benchmarks.timing import Call, Failed, host_us, peak_bytes, samples, summary
+from benchmarks.timing import Call, Failed, before, host_us, peak_bytes, samples, summary
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.precision import TOLERANCES
 from dilated_attention_pytorch.tuning.screen import DTYPES
@@ -132,9 +132,12 @@ class _Run:
         """Time all that are left in turns; who fails is out, and the others begin again."""
         self._note(measurement)
         calls: dict[str, Call] = {}
+        zeros = self._inputs.zero_rows(measurement) if self._case.level == "kernels" else None
         for name in self._left(gradients):
             with _reason(self.found, name):
-                calls[name] = make(self._attends[name], *self._inputs.of(self._contenders[name]))
+                contender = self._contenders[name]
+                call = make(self._attends[name], *self._inputs.of(contender))
+                calls[name] = call if zeros is None or not contender.packed else _Filling(call, zeros)
         while calls:
             try:
                 times = samples(calls, self._where, self._settings.rounds, patience=self._settings.patience)
@@ -197,6 +200,24 @@ class _Backward:
         return torch.autograd.grad(self._outs.pop(), self._inputs, self._dout)
 
 
+class _Filling:
+    """A call on gathered rows, and behind it as many zeros as the whole results have besides: a kernel that writes into
+    them has the same to do. Behind it, as what is written last need not have reached the memory when time is up."""
+
+    def __init__(self, call: Call, zeros: Tensor) -> None:
+        self._call, self._zeros = call, zeros
+
+    def before(self) -> None:
+        """As the call's own."""
+        before(self._call)
+
+    def __call__(self) -> object:
+        """What the call gives."""
+        found = self._call()
+        self._zeros.zero_()
+        return found
+
+
 # ---- Inputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +237,12 @@ class Inputs:
         if self._packed is None:
             self._packed = [composed.packed(self._problem, x) for x in self.whole]
         return self._packed
+
+    def zero_rows(self, measurement: str) -> Tensor | None:
+        """Memory of the size of the zero rows that a measurement's results have; None where they have none."""
+        size = int(zero_bytes(self._problem)[measurement])
+        # Of float32 where torch fills four a store.
+        return torch.empty(size // 4, dtype=torch.float32, device=self.whole[0].device) if size else None
 
 
 # ---- Checking --------------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def _run(name: str, run: Mapping[str, Any]) -> str:
         f"- [Result](../benchmarks/results/{name}) of commit {found['commit']}: torch {found['torch']}, triton "
         f"{found['triton']}, cuDNN {found.get('cudnn')}, driver {found.get('driver')}; {commands}, at most "
         f"{run['settings']['rounds']} rounds. The fastest matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, copy "
-        f"{ceilings['copy_tb_s']:.2f} TB/s." + (f" {left} cases were left to another run." if left else "")
+        f"{ceilings['copy_tb_s']:.2f} TB/s. The zero rows of dilated branches are {results.zero_rows(run)}."
+        + (f" {left} cases were left to another run." if left else "")
     )
 
 

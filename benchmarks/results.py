@@ -11,11 +11,16 @@ from typing import Any
 
 from benchmarks.cases import Case, limits_ms, useful_flops
 from benchmarks.contenders import NOT_PEERS, OURS, launches
+from dilated_attention_pytorch.errors import ArgumentError
 
 FOLDER = Path(__file__).resolve().parent / "results"
 MEASUREMENTS = ("forward", "backward", "both")
 LARGEST_FALL = 0.05
 """By which share a ratio may fall before `regress` fails."""
+
+ZERO_ROWS = "in the time of all contenders"
+ZERO_ROWS_ONCE = "in our time alone"
+"""Where the zero rows of a dilated branch's kernels are counted: now, and in files that do not say."""
 
 Document = dict[str, Any]
 
@@ -63,6 +68,11 @@ def left_out(case: Mapping[str, Any]) -> list[str]:
     return [name for name, row in case["rows"].items() if row.get("failed", "").startswith(LEFT_OUT)]
 
 
+def zero_rows(run: Mapping[str, Any]) -> str:
+    """Whose time has the zero rows that a dilated branch leaves in its results."""
+    return str(run.get("zero_rows", ZERO_ROWS_ONCE))
+
+
 def median(row: Mapping[str, Any], measurement: str) -> float | None:
     """Milliseconds, where that was measured."""
     found = row.get(f"{measurement}_ms")
@@ -94,7 +104,18 @@ def ratios(document: Document) -> Iterator[tuple[str, str, float]]:
 
 
 def regressions(old: Document, new: Document, largest_fall: float = LARGEST_FALL) -> list[str]:
-    """What fell, in sentences: ratios of cases that both files have, and what we no longer can do."""
+    """What fell, in sentences: ratios of cases that both files have, and what we no longer can do.
+
+    Raises:
+        ArgumentError: The files count zero rows in different ways.
+    """
+    ways = [sorted({zero_rows(run) for run in document["runs"]}) for document in (old, new)]
+    if ways[0] != ways[1]:
+        told = (" and ".join(way) for way in ways)
+        raise ArgumentError(
+            "the zero rows of dilated branches are {} in the one file and {} in the other, so that ratios do not "
+            "compare; measure both with the same benchmarks".format(*told)
+        )
     after = {(case, measurement): found for case, measurement, found in ratios(new)}
     fallen = []
     for case, measurement, before in ratios(old):

@@ -151,11 +151,18 @@ def _begin(document: Document, command: str, settings: Settings, ceilings: Mappi
     """The number of a run; one that goes on in the same environment is the same."""
     found = environment()
     for number, run in enumerate(document["runs"]):
-        if run["environment"] == found and run["settings"] == asdict(settings):
+        same = run["environment"] == found and run["settings"] == asdict(settings)
+        if same and results.zero_rows(run) == results.ZERO_ROWS:
             run["commands"] += [command] if command not in run["commands"] else []
             return number
     document["runs"].append(
-        {"commands": [command], "environment": found, "settings": asdict(settings), "ceilings": dict(ceilings)}
+        {
+            "commands": [command],
+            "environment": found,
+            "settings": asdict(settings),
+            "zero_rows": results.ZERO_ROWS,
+            "ceilings": dict(ceilings),
+        }
     )
     return len(document["runs"]) - 1
 

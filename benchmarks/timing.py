@@ -122,12 +122,12 @@ class _CpuClock:
 
     def prepare(self, name: str, call: Call) -> None:
         """Run it unmeasured."""
-        _before(call)
+        before(call)
         call()
 
     def once(self, name: str, call: Call) -> float:
         """Milliseconds of one call."""
-        _before(call)
+        before(call)
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
@@ -142,9 +142,9 @@ class _GpuClock:
 
     def prepare(self, name: str, call: Call) -> None:
         """Run it unmeasured, and find out how long the host takes."""
-        _before(call)
+        before(call)
         call()
-        _before(call)
+        before(call)
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
@@ -155,7 +155,7 @@ class _GpuClock:
     def once(self, name: str, call: Call) -> float:
         """Milliseconds of one call."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _before(call)
+        before(call)
         self._flushed.zero_()
         torch.cuda._sleep(self._cycles[name])
         start.record()
@@ -165,7 +165,8 @@ class _GpuClock:
         return float(start.elapsed_time(stop))
 
 
-def _before(call: Call) -> None:
+def before(call: Call) -> None:
+    """What a call wants run ahead of it."""
     if hasattr(call, "before"):
         call.before()
 
@@ -178,7 +179,7 @@ def host_us(call: Call, device: torch.device) -> float:
     taken = []
     for _ in range(HOST_SERIES):
         for _ in range(HOST_CALLS):
-            _before(call)
+            before(call)
         _wait(device)
         start = time.perf_counter()
         for _ in range(HOST_CALLS):

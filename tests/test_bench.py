@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import composed, measure, prepare, results, rows, timing
-from benchmarks.cases import Case, catalogue, least_bytes, limits_ms, selected, useful_flops
+from benchmarks.cases import Case, catalogue, least_bytes, limits_ms, selected, useful_flops, zero_bytes
 from benchmarks.compare import SAMPLED, Contender, ours, random_tensors
 from benchmarks.contenders import OURS, contenders
 from benchmarks.measure import Settings, Sticky
@@ -121,6 +121,7 @@ def test_who_is_right_is_timed(measured: results.Document) -> None:
     assert operation["launches"] == ["torch"]
     (ran,) = measured["runs"]
     assert ran["left_out"] == []
+    assert ran["zero_rows"] == results.ZERO_ROWS
     assert {"commit", "torch", "cpu"} <= ran["environment"].keys()
     assert json.loads(json.dumps(measured)) == measured
 
@@ -143,6 +144,31 @@ def test_who_is_not_is_a_row_with_its_reason(measured: results.Document, who: st
     assert results.best_peer(measured["cases"][OPERATION.name], "both")[0] == PEER  # type: ignore[index]
 
 
+def test_peers_fill_the_zero_rows_in_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that writes a quarter of what we must, or one that pays for zeros where there are none."""
+    timed: list[dict[str, timing.Call]] = []
+
+    def noting(calls: dict[str, timing.Call], *given: object, **how: object) -> dict[str, list[float]]:
+        timed.append(dict(calls))
+        return {name: [1.0] for name in calls}
+
+    monkeypatch.setattr(measure, "samples", noting)
+    whole = replace(KERNEL, problem=replace(KERNEL.problem, branches=((16, 1),)))
+    for case in (KERNEL, whole):
+        measure.measure(case, standing_in(case, CPU), CPU, QUICK, ours=OURS)
+    results_of_a_row = {"forward": 1, "backward": 3}
+    for calls, tensors in zip(timed[:2], results_of_a_row.values(), strict=True):
+        assert not isinstance(calls[OURS], measure._Filling)
+        filling = calls[PEER]
+        assert isinstance(filling, measure._Filling)
+        zeros = filling._zeros.fill_(1.0)
+        assert 4 * zeros.numel() == tensors * (64 * 4 * 8 * 4) // 2
+        filling.before()
+        filling()
+        assert not zeros.any()
+    assert not any(isinstance(call, measure._Filling) for calls in timed[2:] for call in calls.values())
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """A case measured twice, or one that is lost when another is measured."""
     path = tmp_path / "bench.json"
@@ -160,6 +186,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert asked[2:] == [OPERATION.name]
     assert list(document["cases"]) == [KERNEL.name, OPERATION.name]
     assert len(document["runs"]) == 1  # the same environment and settings
+    del document["runs"][0]["zero_rows"]
+    results.save(document, path)
+    assert [results.zero_rows(ran) for ran in once([KERNEL])["runs"]] == [results.ZERO_ROWS_ONCE, results.ZERO_ROWS]
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
@@ -279,8 +308,12 @@ def test_bytes_of_a_dilated_branch() -> None:
     whole, dilated = (Problem("bf16", 1, 64, 4, 4, 8, ((16, rate),)) for rate in (1, 4))
     row, lse = 64 * 4 * 8 * 2, 64 * 4 * 4
     assert least_bytes(whole)["forward"] == 4 * row + lse
-    assert least_bytes(dilated)["forward"] == 3 * row / 4 + row + lse
+    assert least_bytes(dilated)["forward"] == 3 * row / 4 + row + lse / 4
     assert least_bytes(dilated)["backward"] == 5 * row / 4 + lse / 4 + 3 * row
+    assert zero_bytes(dilated) == {"forward": 3 * row / 4, "backward": 3 * (3 * row / 4)}
+    assert set(zero_bytes(whole).values()) == {0.0}
+    everything = replace(dilated, queries="all", head_offset="zero")
+    assert zero_bytes(everything) == {"forward": 0.0, "backward": 2 * (3 * row / 4)}
 
 
 # ---- Peers -----------------------------------------------------------------------------------------------------------
@@ -398,7 +431,7 @@ def document_of(change: Callable[[float], float] = float) -> results.Document:
         "slower": {"forward_ms": [3.0] * 3, "both_ms": [9.0] * 3},
         "dense, cuDNN": {"forward_ms": [0.1] * 3, "both_ms": [0.1] * 3},
     }
-    return {"cases": {"op-tiny": {"rows": rows}}}
+    return {"runs": [], "cases": {"op-tiny": {"rows": rows}}}
 
 
 def test_regressions() -> None:
@@ -415,4 +448,4 @@ def test_regressions() -> None:
     broken = document_of()
     broken["cases"]["op-tiny"]["rows"][OURS] = {"failed": "out is wrong"}
     assert len(results.regressions(before, broken)) == 2
-    assert results.regressions(before, {"cases": {}}) == []
+    assert results.regressions(before, {"runs": [], "cases": {}}) == []

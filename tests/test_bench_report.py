@@ -53,6 +53,7 @@ def document() -> results.Document:
         "commands": ["python -m benchmarks --tier 1"],
         "environment": environment,
         "settings": {"rounds": 21},
+        "zero_rows": results.ZERO_ROWS,
         "ceilings": CEILINGS,
         "left_out": ["op-wide"],
     }
@@ -150,7 +151,7 @@ def test_goals_are_held_against_the_worst_case() -> None:
         (line,) = (line for goal, line in verdicts.items() if goal.startswith(name))
         return line[-1]
 
-    assert verdict("one branch, n = 128, dilation 1, forward") == "above the floor"
+    assert verdict("one branch, n = 128, forward") == "above the floor"
     assert verdict("one branch, n ≥ 2048, D 64, backward") == "reached"
     assert verdict("LongNet, forward, ") == "above the floor"
     assert verdict("whole operations, forward + backward") == "above the floor"
@@ -168,6 +169,56 @@ def test_goals_are_held_against_the_worst_case() -> None:
     found["cases"]["op-longnet"]["rows"]["another"] = {"failed": "left out: not compiled within the budget"}
     line = report._goal(goal, list(goal.find(found)), found)
     assert line[-1] == "**below the floor**; of the peers that were timed"
+
+
+BOUNDS = {
+    "one branch, n = 128, forward": (1.15, 1.5),
+    "one branch, n = 128, backward": (1.15, 1.5),
+    "one branch, n = 256, forward": (1.15, 1.3),
+    "one branch, n = 256, backward": (1.15, 1.3),
+    "one branch, n = 512, forward": (0.95, 1.15),
+    "one branch, n = 512, backward": (0.95, 1.15),
+    "one branch, n = 1024, forward": (0.95, 1.08),
+    "one branch, n = 1024, backward": (0.95, 1.08),
+    "one branch, n ≥ 2048, D 64, forward": (0.88, 1.0),
+    "one branch, n ≥ 2048, D 64, backward": (0.70, 1.0),
+    "one branch, n ≥ 2048, D 128, forward": (0.75, 1.0),
+    "one branch, n ≥ 2048, D 128, backward": (0.68, 1.0),
+    "an order beside none, forward": (0.85, 0.95),
+    "an order beside none, backward": (0.85, 0.95),
+}
+"""Floor and goal."""
+
+
+def test_every_kernel_has_its_bounds() -> None:
+    """A row of the goals that no case of the first tier fills, or that is held to another's bounds."""
+    found = document()
+    rows = {
+        OURS: {"forward_ms": [1.0] * 3, "backward_ms": [1.0] * 3},
+        CUDNN: {"forward_ms": [0.9] * 3, "backward_ms": [0.9] * 3},
+    }
+    rows[UNORDERED] = rows[CUDNN]
+    kernels = selected(("kernels",), tier=1)
+    found["cases"] = {case.name: {"run": 0, **results.record(case, rows, CEILINGS, 1.0)} for case in kernels}
+    bounds = {goal.name: {(case.floor, case.goal) for case in goal.find(found)} for goal in goals.GOALS}
+    assert {name: bounds[name] for name in BOUNDS} == {name: {pair} for name, pair in BOUNDS.items()}
+
+
+def test_files_of_two_ways_are_not_compared(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ratio that rose because peers now write zero rows too, taken for a gain; an old file that nobody can read."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    found = document()
+    results.save(found, new)
+    del found["runs"][0]["zero_rows"]
+    results.save(found, old)
+    assert command.main(["regress", str(old), str(new)]) == 2
+    assert "zero rows of dilated branches are in our time alone in the one file and" in capsys.readouterr().err
+    assert command.main(["regress", str(new), str(old)]) == 2
+    assert command.main(["regress", str(old), str(old)]) == 0
+    text = report.files({"bench_h100.json": results.load(old)}, page, page.with_name("README.md"))[page]
+    assert isinstance(text, str) and "zero rows of dilated branches are in our time alone." in text
+    text = report.files({"bench_h100.json": results.load(new)}, page, page.with_name("README.md"))[page]
+    assert isinstance(text, str) and "zero rows of dilated branches are in the time of all contenders." in text
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
