@@ -262,7 +262,7 @@ def within_segments(sizes: Sizes, *, use_custom_backward: bool) -> Contender:
 def kernel(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The text that the core's forward runs, or the backend that has none."""
     plan = explain(q, k, v, sizes.segment, 1, queries="all", head_offset="zero", order="snake")
-    return plan.branches[0].fwd.variant.name if plan.backend == "triton" else plan.backend
+    return plan.fwd[0].variant.name if plan.backend == "triton" else plan.backend
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from benchmarks.composed import Kernel
 from benchmarks.rows import Attend
 from dilated_attention_pytorch import device
 from dilated_attention_pytorch.config import Problem
-from dilated_attention_pytorch.runtime.plan import Choice, plan
+from dilated_attention_pytorch.runtime.plan import plan
 
 OURS = "this package"
 UNORDERED = "this package, no order"
@@ -136,10 +136,9 @@ def _scaled(case: Case, where: torch.device) -> dict[str, Contender]:
 def launches(problem: Problem) -> list[str]:
     """What this package runs for a problem here: text, operation, configuration and where it is from; or a backend."""
     chosen = plan(problem, device.current())
-    every = [value for branch in chosen.branches for value in vars(branch).values() if isinstance(value, Choice)]
-    return [f"{choice.variant.name} {choice.op} {choice.config.name} ({choice.rung})" for choice in every] or [
-        chosen.backend
-    ]
+    return [
+        f"{choice.variant.name} {choice.op} {choice.config.name} ({choice.rung})" for choice in chosen.launches
+    ] or [chosen.backend]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

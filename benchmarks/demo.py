@@ -100,9 +100,9 @@ def _on_gpu(console: Console) -> list[str]:
             bar.expect(steps(contenders))
             bar.now(f"{name}: kernels are compiled, checked, and timed beside torch's\n")
             found = compare(problem, contenders, where, order=order, progress=bar.done)
-            chosen = plan(problem, devices.current(), "triton").branches
+            chosen = plan(problem, devices.current(), "triton").fwd
             console.print(results(name, problem, found))
-            console.print("kernels: " + ", ".join(branch.fwd.variant.name for branch in chosen), "\n")
+            console.print("kernels: " + ", ".join(choice.variant.name for choice in chosen), "\n")
             failures += broken(name, problem, found)
     return failures
 
@@ -163,9 +163,9 @@ def _compiled(console: Console, bar: Bar) -> list[str]:
     found = []
     for launch, taken in offline.compiled(wanted, device.arch):
         found.append((launch, taken))
-        bar.done(f"compiled {launch.choice.variant.name} {launch.op}")
+        bar.done(f"compiled {launch.choice.variant.name} {launch.choice.op}")
     console.print(resources(found, device), "")
-    bad = [f"{launch.choice.variant.name} {launch.op}" for launch, taken in found if not fits(taken, device)]
+    bad = [f"{launch.choice.variant.name} {launch.choice.op}" for launch, taken in found if not fits(taken, device)]
     return [f"{', '.join(bad)}: does not compile or does not fit {device.name}"] if bad else []
 
 
@@ -289,7 +289,7 @@ def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: d
         config = launch.choice.config
         loads = "" if config.loads == "pointer" else f"_{config.loads}"
         tiles = f"{config.name.removesuffix(loads)}\n{loads}".rstrip()  # 80 columns hold no more
-        row = [launch.choice.variant.name, launch.op, tiles]
+        row = [launch.choice.variant.name, launch.choice.op, tiles]
         if isinstance(taken, str):
             table.add_row(*row, "failed", "", "")
             assert table.caption is not None

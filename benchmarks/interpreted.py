@@ -9,7 +9,7 @@ import torch
 from benchmarks.compare import ours, random_tensors
 from benchmarks.rows import relative_error
 from dilated_attention_pytorch import reference
-from dilated_attention_pytorch.config import OPS, Problem
+from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.device import INTERPRETER
 from dilated_attention_pytorch.order import TokenOrder
 from dilated_attention_pytorch.runtime.plan import plan
@@ -34,8 +34,7 @@ PROBLEM = Problem(
 
 def kernels() -> list[str]:
     """The texts that run, by operation."""
-    branch = plan(PROBLEM, INTERPRETER, "triton").branches[0]
-    return [f"{getattr(branch, op).variant.name} {op}" for op in OPS]
+    return [f"{choice.variant.name} {choice.op}" for choice in plan(PROBLEM, INTERPRETER, "triton").launches]
 
 
 def errors() -> dict[str, float]:

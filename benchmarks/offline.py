@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dilated_attention_pytorch.config import OPS, Problem
+from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.device import Device, Toolchain
-from dilated_attention_pytorch.runtime.plan import BranchPlan, Choice, plan
+from dilated_attention_pytorch.runtime.plan import Choice, plan
 from dilated_attention_pytorch.tuning.screen import Resources, compile_offline
 
 PROCESSES = 2
@@ -20,26 +20,16 @@ PROCESSES = 2
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a plan; `merge` where it merges into what an earlier branch wrote."""
+    """One launch of a plan."""
 
     problem: Problem
-    branch: BranchPlan
-    op: str
-    merge: bool
-
-    @property
-    def choice(self) -> Choice:
-        """Its text and configuration."""
-        choice = getattr(self.branch, self.op)
-        assert isinstance(choice, Choice)
-        return choice
+    choice: Choice
 
 
 def launches(problem: Problem, device: Device) -> list[Launch]:
     """What a forward and a backward launch on this device, but for the delta kernel."""
     toolchain = Toolchain(Toolchain.current().triton)
-    branches = plan(problem, device, "triton", toolchain=toolchain).branches
-    return [Launch(problem, branch, op, place > 0) for place, branch in enumerate(branches) for op in OPS]
+    return [Launch(problem, choice) for choice in plan(problem, device, "triton", toolchain=toolchain).launches]
 
 
 def compiled(wanted: Sequence[Launch], arch: str) -> Iterator[tuple[Launch, Resources | str]]:
@@ -78,6 +68,6 @@ def _quiet() -> None:
 
 def _compile(launch: Launch, arch: str) -> Resources | str:
     try:
-        return compile_offline(launch.problem, launch.branch, launch.op, arch, merge=launch.merge)
+        return compile_offline(launch.problem, launch.choice, arch)
     except Exception as error:  # a compiler raises anything, and the other launches still have their rows
         return f"{type(error).__name__}: {error}".partition("\n")[0]

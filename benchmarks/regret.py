@@ -147,8 +147,8 @@ def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Dat
                 break
         else:
             raise ArgumentError(f"no {op} {where} what is tuned for {device.arch} was found; tune more, or draw fewer")
-        branch = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).branches[0]
-        drawn.append(Drawn(where, task, getattr(branch, op)))
+        choice, *_ = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).of(op)
+        drawn.append(Drawn(where, task, choice))
     return drawn
 
 

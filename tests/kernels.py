@@ -70,7 +70,7 @@ def variants_run(case: Case, inputs: Inputs, config: Config = None) -> set[str]:
     """Names of the texts that `run_kernels` runs."""
     with dap.options(config=config):
         chosen = dap.explain(inputs.q, inputs.k, inputs.v, **_given(case, inputs), backend="triton")
-    return {choice.variant.name for branch in chosen.branches for choice in (branch.fwd, branch.dkdv, branch.dq)}
+    return {choice.variant.name for choice in chosen.launches}
 
 
 def _given(case: Case, inputs: Inputs) -> dict[str, Any]:

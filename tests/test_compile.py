@@ -12,8 +12,7 @@ from codegen.matrix import VARIANTS
 from dilated_attention_pytorch import device, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
-from dilated_attention_pytorch.runtime.plan import BranchPlan, Choice, untuned
-from dilated_attention_pytorch.runtime.variants import acting_order
+from dilated_attention_pytorch.runtime.plan import Choice, untuned
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -49,15 +48,9 @@ def compiled(
 ) -> tuple[Resources, int]:
     """What the launch takes, and what the plan believes that it takes; `quick` is with tiles that compile soon."""
     config = FLOOR[0] if quick and not ALL and not variant.one_tile else _config(variant, op, arch, problem)
-    branch = _branch(problem, variant, config)
+    choice = Choice(op, 0, variant, config, "test", "", (), tuple(range(1, len(problem.branches))), merge)
     estimate = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
-    return compile_offline(problem, branch, op, arch, merge=merge), estimate
-
-
-def _branch(problem: Problem, variant: Variant, config: LaunchConfig) -> BranchPlan:
-    wider = tuple(range(1, len(problem.branches)))
-    fwd, dkdv, dq = (Choice(op, 0, variant, config, "test", "", (), wider) for op in OPS)
-    return BranchPlan(0, problem.segment(0), problem.branches[0][1], acting_order(problem, 0), fwd, dkdv, dq, wider)
+    return compile_offline(problem, choice, arch), estimate
 
 
 def _config(variant: Variant, op: str, arch: str, problem: Problem) -> LaunchConfig:
@@ -99,9 +92,7 @@ def test_variant_compiles_and_fits(name: str, arch: str) -> None:
 @pytest.mark.parametrize("arch", EVERYWHERE)
 def test_delta_compiles(arch: str) -> None:
     """The one kernel that no variant owns."""
-    variant = Variant.from_name("general")
-    problem = case_problem(variant)
-    assert compile_delta(problem, _branch(problem, variant, FLOOR[0]), arch).shared_bytes <= 4096
+    assert compile_delta(case_problem(Variant.from_name("general")), arch).shared_bytes <= 4096
 
 
 FEATURES = {

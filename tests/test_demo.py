@@ -176,9 +176,11 @@ def test_peak_counts_what_was_held_at_once() -> None:
 def test_every_launch_is_compiled() -> None:
     """A table without the backward's kernels, or with the first launch in place of the merging ones."""
     wanted = offline.launches(named("longnet").problem(), devices.simulated("h100"))
-    assert [launch.op for launch in wanted] == list(OPS) * 3
-    assert [launch.branch.branches for launch in wanted[::3]] == [(0, 1, 2), (3,), (4,)]
-    assert [launch.merge for launch in wanted] == [False] * 3 + [True] * 6
+    assert [launch.choice.op for launch in wanted] == ["fwd"] * 3 + ["dkdv", "dq"] * 3
+    assert [launch.choice.branches for launch in wanted] == [
+        branches for times in (1, 2) for branches in ((0, 1, 2), (3,), (4,)) for _ in range(times)
+    ]
+    assert [launch.choice.merge for launch in wanted] == [False, True, True, False, False, *[True] * 4]
 
 
 def text(table: Table) -> str:
@@ -196,7 +198,7 @@ def test_resources_have_all_rows() -> None:
     shown = text(demo.resources(list(zip(wanted, taken, strict=True)), device))
     lines = shown.splitlines()
     for launch in wanted:
-        assert any(line.split()[:2] == [launch.choice.variant.name, launch.op] for line in lines)
+        assert any(line.split()[:2] == [launch.choice.variant.name, launch.choice.op] for line in lines)
     assert "CompilationError: no" in shown
     assert [demo.fits(of_launch, device) for of_launch in taken].count(False) == 2
 

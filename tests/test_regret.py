@@ -65,7 +65,7 @@ def drawn_as(place: int) -> list[Drawn]:
     """Each launch of a call, as if the plan ran the candidate of this place by speed, the slowest last."""
     found = []
     for task in tasks():
-        choice = getattr(plan(task.problem, DEVICE, "triton").branches[0], task.op)
+        [choice] = plan(task.problem, DEVICE, "triton").of(task.op)
         ranked = sorted(candidates(task)[:8], key=lambda candidate: microseconds(candidate.name))
         found.append(Drawn("across", task, replace(choice, config=ranked[place].config)))
     return found

@@ -156,8 +156,8 @@ def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:
     rows = hand_made(tmp_path, "h100", entry(), entry("dkdv"), entry("dq"))
     committed = Database(tmp_path)
     assert ledger.faults(rows, committed) == []
-    (branch,) = plan(PROBLEM, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed).branches
-    assert [choice.rung for choice in (branch.fwd, branch.dkdv, branch.dq)] == ["exact"] * 3
+    found = plan(PROBLEM, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed)
+    assert [choice.rung for choice in found.launches] == ["exact"] * 3
     for row in rows:
         problem = ledger.asking(row.entry.key)
         assert problem is not None

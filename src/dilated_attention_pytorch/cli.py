@@ -21,6 +21,7 @@ from .device import Device, Toolchain
 from .errors import ArgumentError, DilatedAttentionError
 from .runtime.options import options
 from .runtime.plan import BACKENDS, Plan, plan
+from .runtime.variants import acting_order
 from .variant import ORDERS, QUERIES
 from .workloads import WORKLOADS, named, near_square
 
@@ -182,17 +183,16 @@ def _as_json(found: Plan, backward: bool) -> dict[str, object]:
         {
             "op": choice.op,
             "branch": choice.branch,
-            "segment": branch.segment,
-            "dilation": branch.dilation,
-            "order": branch.order,
+            "segment": found.problem.segment(choice.branch),
+            "dilation": found.problem.branches[choice.branch][1],
+            "order": acting_order(found.problem, choice.branch),
             "variant": choice.variant.name,
             "config": choice.config.to_dict(),
             "rung": choice.rung,
             "why": choice.why,
             "passed": dict(choice.passed),
         }
-        for branch in found.branches
-        for choice in (branch.fwd, branch.dkdv, branch.dq)[: 3 if backward else 1]
+        for choice in (found.launches if backward else found.fwd)
     ]
     return {
         "problem": asdict(found.problem),

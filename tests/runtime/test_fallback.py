@@ -108,7 +108,7 @@ def questions(draw: st.DrawFn) -> tuple[Problem, Device, InMemory]:
 
 
 def choices(found: Plan) -> list[Choice]:
-    return [choice for branch in found.branches for choice in (branch.fwd, branch.dkdv, branch.dq)]
+    return list(found.launches)
 
 
 def test_no_launch_exceeds_its_device() -> None:
@@ -157,7 +157,7 @@ def test_a_near_entry_of_one_tile_is_weighed_as_the_text_that_runs() -> None:
     small = replace(asked, shared_bytes=claimed + 1000)
     measured = replace(entry("fwd", problem, config=config, shared_bytes=claimed, kernel=ONE_TILE), key=key)
     committed = InMemory({asked.name: [measured]})
-    chosen = plan(problem, small, toolchain=TOOLCHAIN, committed=committed).branches[0].fwd
+    chosen = plan(problem, small, toolchain=TOOLCHAIN, committed=committed).fwd[0]
     assert chosen.rung in ("heuristic", "floor")
     assert "bytes of shared memory" in dict(chosen.passed)["nearest"]
-    assert plan(problem, asked, toolchain=TOOLCHAIN, committed=committed).branches[0].fwd.rung == "nearest"
+    assert plan(problem, asked, toolchain=TOOLCHAIN, committed=committed).fwd[0].rung == "nearest"

@@ -37,7 +37,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def choice() -> Choice:
-    return plan(PROBLEM, device.simulated("h100"), "triton").branches[0].fwd
+    return plan(PROBLEM, device.simulated("h100"), "triton").fwd[0]
 
 
 def test_a_launch_that_does_not_fit_steps_down_once(tried: list[str]) -> None:

@@ -34,11 +34,11 @@ def planned(committed: Database, asked: Problem = PROBLEM, on: device.Device | N
 
 
 def fwd(found: Plan) -> Choice:
-    return found.branches[0].fwd
+    return found.fwd[0]
 
 
 def choices(found: Plan) -> list[Choice]:
-    return [choice for branch in found.branches for choice in (branch.fwd, branch.dkdv, branch.dq)]
+    return list(found.launches)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_each_rung_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         above = list(LADDER)[: list(LADDER).index(rung)]
         assert {name for name, _ in fwd(found).passed} == set(above), f"{rung} does not say why not the ones above"
     last = planned(committed, on=replace(H100, shared_bytes=1000))
-    assert (last.backend, last.rung, last.branches) == ("torch", "torch", ())
+    assert (last.backend, last.rung, last.launches) == ("torch", "torch", ())
     assert "not even the smallest tiles fit" in last.refusals[0][1]
 
 
@@ -158,14 +158,14 @@ def test_a_config_that_cannot_be_launched_is_refused_to_who_asked(nothing: Datab
     with pytest.raises(ConfigError, match=r"for dkdv: 256x256_w8_s4 needs [\d,]+ bytes .* smaller blocks"):
         planned(nothing, options=asked)
     forward_only = planned(nothing, options=asked, backward=False)
-    assert forward_only.branches[0].dkdv.rung == "heuristic"
+    assert forward_only.of("dkdv")[0].rung == "heuristic"
 
 
 def test_on_miss_error_takes_no_guess(tmp_path: Path) -> None:
     """Production asked for what was measured, and would run a default for months."""
     committed = database_at(tmp_path, {"h100": [entry("fwd"), entry("dq", branches=((512, 2),))]})
     strict = Options(on_miss="error")
-    assert planned(committed, options=strict, backward=False).branches[0].fwd.rung == "exact"
+    assert planned(committed, options=strict, backward=False).fwd[0].rung == "exact"
     with pytest.raises(DatabaseMiss, match=r'on_miss="error": nvidia-h100-80gb-hbm3 has no measurement for .*dkdv'):
         planned(committed, options=strict)
 
@@ -175,7 +175,7 @@ def test_a_branch_without_a_use_for_its_order_is_looked_up_unordered(tmp_path: P
     ordered = replace(PROBLEM, branches=((8765, 1),), order="hilbert")
     unordered = replace(ordered, order="none")
     found = planned(database_at(tmp_path, {"h100": [entry(problem=unordered)]}), ordered)
-    assert (fwd(found).rung, fwd(found).variant.name, found.branches[0].order) == ("exact", "full_d1", "none")
+    assert (fwd(found).rung, fwd(found).variant.name) == ("exact", "full_d1")
 
 
 def test_determinism_asks_for_the_same_measurement(tmp_path: Path) -> None:
@@ -188,8 +188,11 @@ def test_branches_are_launched_by_dilation(nothing: Database) -> None:
     """The first launch writes zeros wherever its branch keeps no step: r = 16 first would write 15 of 16 twice."""
     asked = replace(PROBLEM, branches=((8192, 16), (512, 1), (2048, 4)))
     found = planned(nothing, asked)
-    assert [branch.branch for branch in found.branches] == [1, 2, 0]
-    assert [branch.segment for branch in found.branches] == [512, 2048, 8192]
+    assert [(choice.op, choice.branch) for choice in found.launches] == [
+        *(("fwd", branch) for branch in (1, 2, 0)),
+        *((op, branch) for branch in (1, 2, 0) for op in ("dkdv", "dq")),
+    ]
+    assert [choice.merge for choice in found.launches] == [False, True, True, False, False, *[True] * 4]
 
 
 # ---- Everything fits -------------------------------------------------------------------------------------------------

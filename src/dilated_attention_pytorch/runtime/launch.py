@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +25,15 @@ from .dropout import Dropout
 from .replay import Launch
 
 if TYPE_CHECKING:
-    from .plan import BranchPlan, Choice, Plan
+    from .plan import Choice, Plan
 
 DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
 """The delta kernel reads two tensors once: any size does."""
+
+BY_KEYS = ("dkdv", "bwd")
+"""Operations whose programs own tiles of keys, and of the same kernel: "bwd" gives dq too."""
+KERNELS = {"bwd": "dkdv"}
+"""Kernels that are not named as their operation."""
 
 SIDES = ("p_index", "p_mask", "p_seed")
 FORWARD = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
@@ -69,8 +77,8 @@ def forward(
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v)
         shared.update(p_out=out, p_lse=lse)
-        for place, branch in enumerate(plan.branches):
-            yield _run(plan.problem, branch.fwd, branch_values(plan.problem, branch, place, offsets, shared))
+        for choice in plan.fwd:
+            yield _run(plan.problem, choice, branch_values(plan.problem, choice, offsets, shared))
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     key = (kind, shape, q.stride(), k.stride(), v.stride())
@@ -124,15 +132,15 @@ def backward(
         shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
         if not detached:
             yield run_kernel(prepared_delta(shared, dlse), DELTA)
-        for place, branch in enumerate(plan.branches):
-            values = branch_values(plan.problem, branch, place, offsets, shared)
+        again = {choice.branch: replace(choice, merge=False) for choice in plan.fwd}
+        for branch, choices in groupby(plan.backward, attrgetter("branch")):
             if detached:
                 # The weights that mix the branches are constants: delta is the branch's own, and so is its output.
-                alone = {"p_out": branch_out, "p_lse": branch_lse, "MERGE": False}
-                yield _run(plan.problem, branch.fwd, {**values, **alone})
-                yield run_kernel(prepared_delta({**values, "p_out": branch_out}, None), DELTA)
-            for choice in (branch.dkdv, branch.dq):
-                yield _run(plan.problem, choice, values)
+                alone = {**shared, "p_out": branch_out, "p_lse": branch_lse}
+                yield _run(plan.problem, again[branch], branch_values(plan.problem, again[branch], offsets, alone))
+                yield run_kernel(prepared_delta(alone, None), DELTA)
+            for choice in choices:
+                yield _run(plan.problem, choice, branch_values(plan.problem, choice, offsets, shared))
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
@@ -241,70 +249,85 @@ def _precision(problem: Problem, arch: str) -> str:
     return "tf32x3" if has_tensor_cores_for_float32(arch) else "ieee"
 
 
-def branch_values(
-    problem: Problem, branch: BranchPlan, place: int, offsets: HeadOffsets, shared: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What one branch adds; `place` is its turn among the launches."""
+def branch_values(problem: Problem, choice: Choice, offsets: HeadOffsets, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What one launch adds."""
     first, last = problem.query_range or (0, problem.length)
-    first_segment = first // branch.segment
+    segment, dilation = problem.segment(choice.branch), problem.branches[choice.branch][1]
+    first_segment = first // segment
     return {
         **shared,
-        "p_offsets": None if offsets.table is None else offsets.table[branch.branch],
-        "branch": branch.branch,
+        "p_offsets": None if offsets.table is None else offsets.table[choice.branch],
+        "branch": choice.branch,
         "first_segment": first_segment,
-        "n_segments": cdiv(last, branch.segment) - first_segment,
-        "SEGMENT": branch.segment,
-        "DILATION": branch.dilation,
-        "MERGE": place > 0,
-        "key_rows": cdiv(branch.segment, branch.dilation),
-        "query_rows": _query_rows(problem, branch, last - first),
+        "n_segments": cdiv(last, segment) - first_segment,
+        "SEGMENT": segment,
+        "DILATION": dilation,
+        "MERGE": choice.merge,
+        "key_rows": problem.rows(choice.branch),
+        "query_rows": _query_rows(problem, choice.branch, last - first),
     }
 
 
-def _query_rows(problem: Problem, branch: BranchPlan, steps: int) -> int:
+def _query_rows(problem: Problem, branch: int, steps: int) -> int:
     """Query rows that a segment holds at most; a short range of steps need not start with a row."""
     if problem.queries == "all":
-        return min(branch.segment, steps)
-    return min(cdiv(branch.segment, branch.dilation), cdiv(steps, branch.dilation) + 1)
+        return min(problem.segment(branch), steps)
+    return min(problem.rows(branch), cdiv(steps, problem.branches[branch][1]) + 1)
 
 
 def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
     """The kernel of a choice, its arguments by name in order, and the number of programs."""
+    kernel = getattr(generated.load(choice.variant.name), KERNELS.get(choice.op, choice.op))
+    sizes, programs = (_sizes_of_chain if choice.wider else _sizes)(choice, values)
     config = choice.config
-    kernel = getattr(generated.load(choice.variant.name), choice.op)
-    if choice.wider:
-        return _prepared_chain(kernel, choice, values)
-    heads, rows, tile = values["H"], values["query_rows"], config.block_m
-    if choice.op == "dkdv":
-        heads, rows, tile = values["G"], values["key_rows"], config.block_n
-        if values["GROUP"] > 1:
-            heads *= values["DILATION"]
-    n_tiles = cdiv(rows, tile)
-    given = {**values, "n_tiles": n_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    programs = values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
+    given = {
+        **values,
+        **sizes,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "JOINT": choice.op == "bwd",
+        "TMA": False,
+    }
+    if "TMA" in kernel.arg_names and config.loads == "descriptor":
+        given |= _described(kernel, choice, values)
     return kernel, _in_order(kernel, given), programs
 
 
-def _prepared_chain(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
-    config, levels = choice.config, choice.variant.levels
-    stride = levels[-1][1]
-    span, rows = levels[-1][0] // stride, cdiv(values["N"], stride)
-    heads, tile = (values["G"], config.block_n) if choice.op == "dkdv" else (values["H"], config.block_m)
+def _sizes(choice: Choice, values: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """Extent of a branch's grid by name, and the number of programs."""
+    heads, rows, tile = values["H"], values["query_rows"], choice.config.block_m
+    if choice.op in BY_KEYS:
+        heads, rows, tile = values["G"], values["key_rows"], choice.config.block_n
+        if values["GROUP"] > 1:
+            heads *= values["DILATION"]
+    n_tiles = cdiv(rows, tile)
+    return {"n_tiles": n_tiles}, values["p_q"].shape[0] * values["n_segments"] * n_tiles * heads
+
+
+def _sizes_of_chain(choice: Choice, values: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    wider, stride = choice.variant.levels[-1]
+    span, rows = wider // stride, cdiv(values["N"], stride)
+    by_keys = choice.op in BY_KEYS
+    heads, tile = (values["G"], choice.config.block_n) if by_keys else (values["H"], choice.config.block_m)
     n_tiles, n_spans = cdiv(min(span, rows), tile), cdiv(rows, span)
-    blocks = {"p_q": config.block_m, "p_k": config.block_n, "p_v": config.block_n, "p_dout": config.block_m}
-    tensors = {name: values[name] for name in blocks if name in kernel.arg_names}
-    described = config.loads == "descriptor" and all(_is_describable(x, values, stride) for x in tensors.values())
-    given = {
-        **values,
-        "n_tiles": n_tiles,
-        "n_spans": n_spans,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "TMA": described,
+    return {"n_tiles": n_tiles, "n_spans": n_spans}, values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
+
+
+def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Descriptors in place of the tensors that tiles are loaded from; none where one cannot be described."""
+    kept = choice.variant.levels[-1][1] if choice.wider else values["DILATION"]
+    asked = kept if choice.variant.queries == "dilated" else 1
+    config = choice.config
+    tiles = {
+        "p_q": (asked, config.block_m),
+        "p_k": (kept, config.block_n),
+        "p_v": (kept, config.block_n),
+        "p_dout": (asked, config.block_m),
     }
-    if described:
-        given |= {name: _descriptor(x, stride, blocks[name]) for name, x in tensors.items()}
-    return kernel, _in_order(kernel, given), values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
+    used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
+    if not all(_is_describable(values[name], values, stride) for name, (stride, _) in used.items()):
+        return {}
+    return {"TMA": True} | {name: _descriptor(values[name], *tile) for name, tile in used.items()}
 
 
 def _is_describable(x: Tensor, values: Mapping[str, Any], stride: int) -> bool:

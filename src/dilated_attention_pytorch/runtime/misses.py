@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +32,7 @@ def note(path: Path, plan: Plan, *, backward: bool) -> None:
         plan: What runs.
         backward: Gradients will be asked for: their launches count too.
     """
-    if any(rung not in MEASURED for rung in _rungs(plan, backward)):
+    if any(choice.rung not in MEASURED for choice in (plan.launches if backward else plan.fwd)):
         _append(path, plan.problem)
 
 
@@ -61,14 +60,6 @@ def read(path: Path) -> list[Problem]:
 def line(problem: Problem) -> str:
     """A problem as a file holds it."""
     return json.dumps(asdict(problem)) + "\n"
-
-
-def _rungs(plan: Plan, backward: bool) -> Iterator[str]:
-    for branch in plan.branches:
-        yield branch.fwd.rung
-        if backward:
-            yield branch.dkdv.rung
-            yield branch.dq.rung
 
 
 def _likeness(problem: Problem) -> tuple[ProblemKey, ...]:

@@ -13,14 +13,14 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import OPS, LaunchConfig, Problem, ProblemKey
+from ..config import OPS, LaunchConfig, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import acting_order, chain, query_rows, rows_of_class, text_for
+from .variants import chain, key_of, query_rows, rows_of_class, text_for
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -38,6 +38,7 @@ class Choice:
         why: The evidence for it.
         passed: (rung, sentence) of every offer that was passed over, in the order of the ladder.
         wider: Further branches that the launch computes.
+        merge: It adds to what an earlier launch of its operation wrote; else it writes every row.
     """
 
     op: str
@@ -48,38 +49,11 @@ class Choice:
     why: str
     passed: tuple[tuple[str, str], ...]
     wider: tuple[int, ...] = ()
+    merge: bool = False
 
     @property
     def branches(self) -> tuple[int, ...]:
         """All branches that the launch computes, the narrowest first."""
-        return (self.branch, *self.wider)
-
-
-@dataclass(frozen=True)
-class BranchPlan:
-    """The launches of one branch, or of several that share them.
-
-    Attributes:
-        branch: Index into the problem's branches; of several the narrowest.
-        segment: w as it acts: min(w, N) steps.
-        dilation: r.
-        order: The token order as it acts: "none" where the problem's changes nothing in this branch.
-        fwd, dkdv, dq: The three launches.
-        wider: Further branches that they compute in the same pass.
-    """
-
-    branch: int
-    segment: int
-    dilation: int
-    order: str
-    fwd: Choice
-    dkdv: Choice
-    dq: Choice
-    wider: tuple[int, ...] = ()
-
-    @property
-    def branches(self) -> tuple[int, ...]:
-        """All branches that the launches compute, the narrowest first."""
         return (self.branch, *self.wider)
 
 
@@ -108,8 +82,8 @@ class Plan:
         problem: The call.
         device: The GPU, `INTERPRETER`, or None for a CPU.
         backend: "triton", "torch" or "reference".
-        branches: In launch order: the first launch writes every row, zeros where its branch keeps no step, and later
-            ones merge into that. Empty for the other backends.
+        launches: In their order, the forward's before the backward's. The first one of an operation writes every row,
+            zeros where its branch keeps no step, and later ones merge into that. Empty for the other backends.
         refusals: (backend or rung, sentence) of everything that was passed over as a whole.
         rung: The lowest rung of the ladder that any launch came from; the backend's name for the other backends.
         calls: Of the torch backend, what the user's own database has measured on this processor.
@@ -118,10 +92,24 @@ class Plan:
     problem: Problem
     device: Device | None
     backend: str
-    branches: tuple[BranchPlan, ...]
+    launches: tuple[Choice, ...]
     refusals: tuple[tuple[str, str], ...]
     rung: str
     calls: tuple[CallChoice, ...] = ()
+
+    def of(self, op: str) -> tuple[Choice, ...]:
+        """The launches of one operation."""
+        return tuple(choice for choice in self.launches if choice.op == op)
+
+    @property
+    def fwd(self) -> tuple[Choice, ...]:
+        """The launches of the forward."""
+        return self.of("fwd")
+
+    @property
+    def backward(self) -> tuple[Choice, ...]:
+        """The launches of the backward, those of a branch side by side."""
+        return tuple(choice for choice in self.launches if choice.op != "fwd")
 
     def call_config(self, op: str, branch: int) -> CallConfig:
         """How the torch backend cuts a branch: as measured, else the untuned default."""
@@ -226,22 +214,19 @@ def _plan(
         measured = (
             _measured_calls(problem, options, toolchain, committed) if (backend, device) == ("torch", None) else ()
         )
-        return Plan(problem, device, backend, branches=(), refusals=(), rung=backend, calls=measured)
+        return Plan(problem, device, backend, launches=(), refusals=(), rung=backend, calls=measured)
     if device is None and toolchain.interpret:
         device = INTERPRETER
     reasons = refusals(problem, device, toolchain)
     if not reasons and device is not None:
         overlay = _overlay_of(options)
         try:
-            branches = tuple(
-                _branch(_Question(problem, branches, device, options, backward, toolchain, committed, overlay, texts))
-                for branches in launch_order(problem, texts)
-            )
+            launches = _launches(_Question(problem, device, options, backward, toolchain, committed, overlay, texts))
         except _NothingFits as error:
             reasons = (str(error),)
         else:
-            rung = max((choice.rung for b in branches for choice in (b.fwd, b.dkdv, b.dq)), key=list(LADDER).index)
-            return Plan(problem, device, "triton", branches, refusals=(), rung=rung)
+            rung = max((choice.rung for choice in launches), key=list(LADDER).index)
+            return Plan(problem, device, "triton", launches, refusals=(), rung=rung)
     if backend == "triton":
         raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
     if last := torch_refusals(problem):
@@ -272,8 +257,7 @@ def _measured_calls(
         return ()
     found = []
     for branch, op in itertools.product(range(len(problem.branches)), CALL_OPS):
-        key = replace(ProblemKey.of(problem, op, branch), order=acting_order(problem, branch))
-        for hit in Lookup(key, devices.cpu(), toolchain, committed, overlay).in_overlay():
+        for hit in Lookup(key_of(problem, op, branch), devices.cpu(), toolchain, committed, overlay).in_overlay():
             if hit.status == FRESH and isinstance(hit.entry.config, CallConfig):
                 found.append(CallChoice(op, branch, hit.entry.config, f"overlay: {_evidence(hit)}"))
     return tuple(found)
@@ -288,10 +272,9 @@ class _NothingFits(Exception):
 
 @dataclass(frozen=True)
 class _Question:
-    """What the rungs are asked: `_plan`'s arguments, for one branch or a chain of them."""
+    """What the rungs are asked: `_plan`'s arguments, for the branches of one launch."""
 
     problem: Problem
-    branches: tuple[int, ...]
     device: Device
     options: Options
     backward: bool
@@ -299,12 +282,11 @@ class _Question:
     committed: Database
     overlay: Database | None
     texts: frozenset[str]
+    branches: tuple[int, ...] = ()
 
     def lookup(self, op: str) -> Lookup:
         """This question, put to the database."""
-        key = ProblemKey.of(self.problem, op, *self.branches)
-        # Measured is what runs: a branch whose order changes nothing runs the unordered text.
-        key = replace(key, order=acting_order(self.problem, self.branches[0]))
+        key = key_of(self.problem, op, *self.branches)
         return Lookup(key, self.device, self.toolchain, self.committed, self.overlay)
 
 
@@ -390,11 +372,16 @@ MEASURED = ("config", "overlay", "exact", "silicon")
 """Rungs that `on_miss="error"` accepts: somebody chose or measured this very problem."""
 
 
-def _branch(question: _Question) -> BranchPlan:
-    problem, (branch, *wider) = question.problem, question.branches
-    fwd, dkdv, dq = (_climb(question, op) for op in OPS)
-    dilation, order = problem.branches[branch][1], acting_order(problem, branch)
-    return BranchPlan(branch, problem.segment(branch), dilation, order, fwd, dkdv, dq, tuple(wider))
+def _launches(question: _Question) -> tuple[Choice, ...]:
+    """Of each operation in turn, those of a branch side by side in the backward: they read the same rows."""
+    order = launch_order(question.problem, question.texts)
+    turns = {branches[0]: place for place, branches in enumerate(order)}
+    found = [
+        replace(_climb(replace(question, branches=branches), op), merge=place > 0)
+        for op in OPS
+        for place, branches in enumerate(order)
+    ]
+    return tuple(sorted(found, key=lambda choice: (choice.op != "fwd", turns[choice.branch])))
 
 
 def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> list[LaunchConfig]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..config import Problem
-from .plan import BranchPlan, Choice, Plan
-from .variants import nested
+from .plan import Choice, Plan
+from .variants import acting_order, nested
 
 
 def tell(plan: Plan, *, backward: bool = True) -> str:
@@ -25,26 +25,28 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
             name = "forward" if calls.op == "fwd" else "backward"
             yield f"branch {calls.branch}, {name}: calls {calls.config.name}, {calls.why}"
     told: tuple[tuple[str, str], ...] = ()
-    for place, branch in enumerate(plan.branches, start=1):
+    launches = plan.launches if backward else plan.fwd
+    for place, branches in enumerate(dict.fromkeys(choice.branches for choice in launches), start=1):
+        choices = [choice for choice in launches if choice.branches == branches]
         yield ""
-        yield _branch(plan.problem, place, branch)
-        for choice in (branch.fwd, branch.dkdv, branch.dq)[: 3 if backward else 1]:
+        yield f"launch {place}: {_branch(plan.problem, choices[0])}"
+        for choice in choices:
             yield f"  {choice.op:5} {choice.variant.name}  {choice.config.name}  {choice.rung}: {choice.why}"
             if choice.passed == told:
                 yield "        passed over: as above"
             else:
                 yield from _passed(choice)
             told = choice.passed
-        if branch.fwd.variant.dilation is None and (spec := _pattern(plan.problem, branch)):
+        if choices[0].variant.dilation is None and (spec := _pattern(plan.problem, branches[0])):
             yield f"  no text of its own: in a checkout, `python -m codegen --add {spec}` renders one"
-    if plan.branches:
+    if plan.launches:
         yield from _joined(plan)
 
 
 def _joined(plan: Plan) -> Iterator[str]:
     """Branches that one pass could compute, had it a text."""
     possible = nested(plan.problem)
-    if len(possible) > max(len(branch.branches) for branch in plan.branches):
+    if len(possible) > max(len(choice.branches) for choice in plan.launches):
         spec = "+".join(f"{length}:{rate}" for length, rate in (plan.problem.branches[branch] for branch in possible))
         yield f"branches {_listed(possible)} could share a pass: in a checkout, `python -m codegen --add {spec}`"
 
@@ -70,17 +72,17 @@ def _problem(problem: Problem) -> str:
     return "problem  " + ", ".join(words)
 
 
-def _branch(problem: Problem, place: int, branch: BranchPlan) -> str:
-    if branch.wider:
-        levels = ", ".join(f"{length}/{rate}" for length, rate in branch.fwd.variant.levels)
-        return f"launch {place}: branches {_listed(branch.branches)} in one pass, segment/dilation {levels}"
-    asked = problem.branches[branch.branch][0]
-    segment = f"segment {branch.segment}" + (f" (of {asked}, N is less)" if asked > branch.segment else "")
+def _branch(problem: Problem, choice: Choice) -> str:
+    if choice.wider:
+        levels = ", ".join(f"{length}/{rate}" for length, rate in choice.variant.levels)
+        return f"branches {_listed(choice.branches)} in one pass, segment/dilation {levels}"
+    (asked, dilation), acts = problem.branches[choice.branch], problem.segment(choice.branch)
+    segment = f"segment {acts}" + (f" (of {asked}, N is less)" if asked > acts else "")
     order = ""
     if problem.order != "none":
-        order = f", order {branch.order}" + (" (it changes nothing here)" if branch.order == "none" else "")
-    rows = problem.rows(branch.branch)
-    return f"launch {place}: branch {branch.branch}, {segment}, dilation {branch.dilation}, {rows} rows{order}"
+        acting = acting_order(problem, choice.branch)
+        order = f", order {acting}" + (" (it changes nothing here)" if acting == "none" else "")
+    return f"branch {choice.branch}, {segment}, dilation {dilation}, {problem.rows(choice.branch)} rows{order}"
 
 
 def _passed(choice: Choice) -> Iterator[str]:
@@ -91,11 +93,12 @@ def _passed(choice: Choice) -> Iterator[str]:
         yield f"          {rung:{width}}  {sentence}"
 
 
-def _pattern(problem: Problem, branch: BranchPlan) -> str | None:
+def _pattern(problem: Problem, branch: int) -> str | None:
     """What to give `python -m codegen --add` for a text of this branch; None where no special one can be."""
-    if branch.dilation > branch.segment or (problem.head_offset == "table" and branch.dilation == 1):
+    segment, dilation, order = problem.segment(branch), problem.branches[branch][1], acting_order(problem, branch)
+    if dilation > segment or (problem.head_offset == "table" and dilation == 1):
         return None
-    parts = ["full" if problem.is_full(branch.branch) else str(branch.segment), str(branch.dilation)]
-    parts += [branch.order] if branch.order != "none" else []
+    parts = ["full" if problem.is_full(branch) else str(segment), str(dilation)]
+    parts += [order] if order != "none" else []
     parts += ["all"] if problem.queries == "all" else []
     return ":".join(parts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from ..config import LaunchConfig, Problem, head_offsets
+from ..config import LaunchConfig, Problem, ProblemKey, head_offsets
 from ..variant import Variant, is_chain
 
 CHAIN_ROWS = 512
@@ -125,6 +126,11 @@ def acting_order(problem: Problem, branch: int) -> str:
     if problem.is_full(branch) or (problem.order == "snake" and _rows_stay_in_segments(problem, branch)):
         return "none"
     return problem.order
+
+
+def key_of(problem: Problem, op: str, *branches: int) -> ProblemKey:
+    """What a launch is measured under: a branch whose order changes nothing runs the unordered text."""
+    return replace(ProblemKey.of(problem, op, *branches), order=acting_order(problem, branches[0]))
 
 
 def query_rows(problem: Problem, branch: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..config import OPS, Problem, ProblemKey
+from ..config import Problem, ProblemKey
 from ..database import Database
 from ..device import Device, Toolchain
 from ..runtime.plan import MEASURED, Choice, plan
+from ..runtime.variants import key_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def coverage(problems: Iterable[Problem], device: Device, toolchain: Toolchain, 
     """
     rows: dict[ProblemKey, Covered] = {}
     for problem in problems:
-        for branch in plan(problem, device, "triton", toolchain=toolchain, committed=found).branches:
-            for op in OPS:
-                key = replace(ProblemKey.of(problem, op, *branch.branches), order=branch.order)
-                rows.setdefault(key, Covered(problem, key, getattr(branch, op)))
+        for choice in plan(problem, device, "triton", toolchain=toolchain, committed=found).launches:
+            key = key_of(problem, choice.op, *choice.branches)
+            rows.setdefault(key, Covered(problem, key, choice))
     return list(rows.values())

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from .. import database
 from .. import device as devices
-from ..config import OPS, Problem, ProblemKey, cdiv
+from ..config import Problem, ProblemKey, cdiv
 from ..database import FOLD, FRESH, INVALID, KERNEL_STALE, TOOLCHAIN_STALE, Database, Entry
 from ..device import CPU, LEAST_SHARED_BYTES, SHARED_BYTES, Device, Toolchain
 from ..errors import DatabaseError, DilatedAttentionError
-from ..runtime.plan import BranchPlan, Choice, plan
-from ..runtime.variants import acting_order
+from ..runtime.plan import Choice, plan
+from ..runtime.variants import key_of
 from ..variant import Variant
 from ..workloads import near_square
 from .screen import Resources, compile_offline
@@ -152,7 +152,7 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
     widths = (near_square(whole), max(segment - 1, 1)) if key.order == "snake" else (0,)
     for length, width in itertools.product(lengths, widths):
         problem = replace(base, length=max(length, 1), row_width=width)
-        if replace(ProblemKey.of(problem, key.op, *range(len(key.branches))), order=acting_order(problem, 0)) == key:
+        if key_of(problem, key.op, *range(len(key.branches))) == key:
             return problem
     return None
 
@@ -175,11 +175,9 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
     problem = asking(entry.key, variant)
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
-    _, *wider = range(len(problem.branches))
-    fwd, dkdv, dq = (Choice(op, 0, variant, entry.launch, "exact", "", (), tuple(wider)) for op in OPS)
-    acting = problem.segment(0), problem.branches[0][1], acting_order(problem, 0)
-    branch = BranchPlan(0, *acting, fwd=fwd, dkdv=dkdv, dq=dq, wider=tuple(wider))
-    return compile_offline(problem, branch, entry.key.op, row.arch)
+    wider = tuple(range(1, len(problem.branches)))
+    choice = Choice(entry.key.op, 0, variant, entry.launch, "exact", "", (), wider)
+    return compile_offline(problem, choice, row.arch)
 
 
 def recompilation(row: Row, kernels: Mapping[str, tuple[str, ...]], toolchain: Toolchain) -> str | None:
@@ -246,14 +244,13 @@ def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
         return
     toolchain = Toolchain(row.entry.provenance.triton)
     try:
-        branch, *others = plan(problem, device, "triton", toolchain=toolchain, committed=found).branches
+        choice, *others = plan(problem, device, "triton", toolchain=toolchain, committed=found).of(row.entry.key.op)
     except DilatedAttentionError as error:
         yield f"no call can use it: {error}; remove the entry"
         return
     if others:
         yield "no call can use it: no text computes these branches in one pass; remove the entry"
         return
-    choice: Choice = getattr(branch, row.entry.key.op)
     if (choice.rung, choice.config) != ("exact", row.entry.config):
         passed = dict(choice.passed).get("exact", "")
         yield f"its own key leads to {choice.config.name} from rung {choice.rung!r}: {passed}; tune it again"

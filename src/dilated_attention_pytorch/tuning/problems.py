@@ -9,8 +9,8 @@ from .. import generated, heuristics
 from ..call_config import OPS as CALL_OPS
 from ..config import DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
 from ..device import CPU, Device
-from ..runtime.plan import BranchPlan, Choice, Plan, launch_order, untuned
-from ..runtime.variants import acting_order, query_rows, text_for
+from ..runtime.plan import Choice, launch_order, untuned
+from ..runtime.variants import key_of, query_rows, text_for
 from ..workloads import WORKLOADS, named
 
 PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}
@@ -71,17 +71,12 @@ class Task:
         return self.problem.length * of_segment // self.problem.segment(0)
 
 
-def planned(problem: Problem, config: LaunchConfig, device: Device, texts: frozenset[str]) -> Plan:
-    """A plan of a task whose launches all take a configuration, whether or not it fits the device."""
+def launched(problem: Problem, op: str, config: LaunchConfig, texts: frozenset[str], *, merge: bool = False) -> Choice:
+    """The launch of all branches of a task with a configuration, whether or not it fits the device."""
     first, *wider = branches = tuple(range(len(problem.branches)))
-    choices: dict[str, Choice] = {}
-    for op in OPS:
-        variant = text_for(problem, branches, op, config, texts)
-        assert variant is not None, "the plan of the task found a text"
-        choices[op] = Choice(op, first, variant, config, "config", "tuning", (), tuple(wider))
-    segment, dilation = problem.segment(0), problem.branches[0][1]
-    branch = BranchPlan(0, segment, dilation, acting_order(problem, 0), **choices, wider=tuple(wider))
-    return Plan(problem, device, "triton", (branch,), (), "config")
+    variant = text_for(problem, branches, op, config, texts)
+    assert variant is not None, "the plan of the task found a text"
+    return Choice(op, first, variant, config, "config", "tuning", (), tuple(wider), merge)
 
 
 def default_config(task: Task, device: Device) -> LaunchConfig:
@@ -104,7 +99,7 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
         for place, branches in enumerate(launch_order(problem, frozenset() if on_cpu else generated.names())):
             alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
             for op in CALL_OPS if on_cpu else OPS:
-                key = replace(ProblemKey.of(alone, op, *range(len(branches))), order=acting_order(alone, 0))
+                key = key_of(alone, op, *range(len(branches)))
                 task = Task(key, alone, op, place > 0, workload)
                 if key not in tasks or task.flops > tasks[key].flops:
                     tasks[key] = task  # of several calls with one key the largest is measured

@@ -20,7 +20,7 @@ from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.launch import branch_values, prepared, run_kernel, shared_values
 from ..runtime.plan import CallChoice, Plan
-from .problems import planned
+from .problems import launched
 from .space import CUDNN, KERNEL, TORCH, Candidate
 
 Outputs = dict[str, Tensor]
@@ -87,8 +87,7 @@ Route = Callable[[Scene, Candidate], Launcher]
 
 def kernel(scene: Scene, candidate: Candidate) -> Launcher:
     """One of our kernels."""
-    branch = planned(scene.problem, candidate.config, scene.device, generated.names()).branches[0]
-    choice = getattr(branch, scene.op)
+    choice = launched(scene.problem, scene.op, candidate.config, generated.names(), merge=scene.merge)
     strided = {"q": scene.q, "k": scene.k, "v": scene.v}
     if scene.op != "fwd":
         strided["dout"] = scene.dout
@@ -99,7 +98,7 @@ def kernel(scene: Scene, candidate: Candidate) -> Launcher:
 
     def launcher(outputs: Outputs) -> Launch:
         given = {**shared, **{f"p_{name}": tensor for name, tensor in outputs.items()}}
-        values = branch_values(scene.problem, branch, int(scene.merge), scene.offsets, given)
+        values = branch_values(scene.problem, choice, scene.offsets, given)
         ready = prepared(choice, values)
 
         def launch() -> None:

@@ -23,7 +23,8 @@ from ..errors import ConfigError, UnsupportedError
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.launch import DELTA, branch_values, compile_options, prepared, prepared_delta, shared_values
-from ..runtime.plan import BranchPlan, Choice
+from ..runtime.plan import Choice
+from ..runtime.variants import acting_order
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
@@ -51,28 +52,30 @@ class Resources:
     spills: int | None
 
 
-def compile_offline(problem: Problem, branch: BranchPlan, op: str, arch: str, *, merge: bool = False) -> Resources:
+def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
     """Compile one launch of a plan for an architecture.
 
     Args:
         problem: The call; its tensors are taken as contiguous.
-        branch: The branch whose launch it is.
-        op: "fwd", "dkdv" or "dq".
+        choice: The launch.
         arch: "sm_90", "gfx942", …
-        merge: As a later branch's launch, which merges into what it finds.
 
     Raises:
         UnsupportedError: Triton is not installed, or runs as an interpreter in this process.
         ConfigError: The architecture is not one that Triton knows.
         Exception: Whatever the compiler raises.
     """
-    choice: Choice = getattr(branch, op)
-    return _compiled(prepared(choice, _values(problem, branch, place=int(merge), arch=arch)), choice.config, arch)
+    offsets = None
+    if problem.head_offset == "table":
+        offsets = torch.empty((len(problem.branches), problem.heads), dtype=torch.int32, device="meta")
+    shared = _shared(problem, acting_order(problem, choice.branch), arch)
+    values = branch_values(problem, choice, HeadOffsets((), offsets), shared)
+    return _compiled(prepared(choice, values), choice.config, arch)
 
 
-def compile_delta(problem: Problem, branch: BranchPlan, arch: str) -> Resources:
+def compile_delta(problem: Problem, arch: str) -> Resources:
     """Compile the kernel that every backward shares; raises as `compile_offline`."""
-    values = _values(problem, branch, place=0, arch=arch)
+    values = _shared(problem, "none", arch)
     return _compiled(prepared_delta(values, values["p_lse"]), DELTA, arch)
 
 
@@ -92,8 +95,8 @@ def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arc
     return Resources(compiled.metadata.shared, registers, spills)
 
 
-def _values(problem: Problem, branch: BranchPlan, place: int, arch: str) -> dict[str, Any]:
-    """The launch's values by name, with tensors that have no memory."""
+def _shared(problem: Problem, order: str, arch: str) -> dict[str, Any]:
+    """A call's values by name, with tensors that have no memory."""
     b, n, h, g, d = problem.batch, problem.length, problem.heads, problem.kv_heads, problem.head_dim
 
     def meta(*shape: int, dtype: torch.dtype = DTYPES[problem.dtype]) -> torch.Tensor:
@@ -102,15 +105,14 @@ def _values(problem: Problem, branch: BranchPlan, place: int, arch: str) -> dict
     first, last = problem.query_range or (0, n)
     rows = n if problem.order != "none" else last - first
     q, k, v, dout = meta(b, rows, h, d), meta(b, n, g, d), meta(b, n, g, d), meta(b, rows, h, d)
-    index = meta(n, dtype=torch.int32) if branch.order == "hilbert" else None
+    index = meta(n, dtype=torch.int32) if order == "hilbert" else None
     mask = meta(b, n, dtype=torch.bool) if problem.mask else None
-    offsets = meta(len(problem.branches), h, dtype=torch.int32) if problem.head_offset == "table" else None
     scale = d**-0.5
     dropout = Dropout(0.1, meta(1, dtype=torch.int64)) if problem.dropout else None
     shared = shared_values(problem, arch, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     row = meta(b, h, rows, dtype=torch.float32)
     shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
-    return branch_values(problem, branch, place, HeadOffsets((), offsets), shared)
+    return shared
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

@@ -16,7 +16,7 @@ from ..config import Problem
 from ..database import Resources
 from ..device import Device
 from ..errors import UnsupportedError
-from .problems import planned
+from .problems import launched
 from .space import Candidate
 from .worker import Lost, NoStart, Raised, Worker
 
@@ -72,8 +72,8 @@ def compiler(device: Device) -> Callable[[Compilation], Resources]:
     texts = generated.names()
 
     def compile_one(job: Compilation) -> Resources:
-        branch = planned(job.problem, job.candidate.config, device, texts).branches[0]
-        found = compile_offline(job.problem, branch, job.op, device.arch, merge=job.merge)
+        choice = launched(job.problem, job.op, job.candidate.config, texts, merge=job.merge)
+        found = compile_offline(job.problem, choice, device.arch)
         return Resources(found.shared_bytes, found.registers or 0, found.spills or 0)
 
     return compile_one

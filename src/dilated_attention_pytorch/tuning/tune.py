@@ -22,7 +22,7 @@ from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
 from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
-from .problems import Task, planned
+from .problems import Task, launched
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
@@ -492,8 +492,7 @@ class _Tuning:
     def _row(self, active: _Active, candidate: Candidate, stage: str, status: str, *, message: str = "") -> Measurement:
         variant = database.TORCH if candidate.route == TORCH == self._route else None
         if candidate.route == KERNEL:
-            branch = planned(active.task.problem, candidate.config, self._device, self._texts).branches[0]
-            variant = getattr(branch, active.task.op).variant.name
+            variant = launched(active.task.problem, active.task.op, candidate.config, self._texts).variant.name
         error, tolerance = active.checked.get(candidate, (None, None))
         return Measurement(
             active.task.key,
