@@ -23,24 +23,25 @@ def entry(
     op: str = "fwd",
     problem: Problem = PROBLEM,
     *,
-    branch: int = 0,
+    branch: int | tuple[int, ...] = 0,
     config: LaunchConfig = CONFIG,
     shared_bytes: int = 40_000,
     median: float = 100.0,
+    apart: float | None = None,
     error: float = 1e-4,
     kernel: str = KERNEL,
     triton: str = TRITON,
     branches: tuple[tuple[int, int], ...] | None = None,
     grid: int | None = None,
 ) -> Entry:
-    """A winner for one branch of a problem; `branches` and `grid` move its key."""
-    key = ProblemKey.of(problem, op, branch)
+    """A winner for a branch of a problem, or for several in one pass; `branches` and `grid` move its key."""
+    key = ProblemKey.of(problem, op, *([branch] if isinstance(branch, int) else branch))
     key = replace(key, branches=branches or key.branches, grid=grid or key.grid)
     return Entry(
         key,
         config,
         Resources(shared_bytes, registers=128, spills=0),
-        Times(median, median * 0.99, median * 1.01, default=median * 1.25, second=None),
+        Times(median, median * 0.99, median * 1.01, default=median * 1.25, second=None, apart=apart),
         Check(error, tolerance=5e-4),
         Provenance(kernel, triton, torch="2.11.0+cu130", driver="580.159.04", date="2026-11-22", candidates=55),
     )

@@ -68,6 +68,7 @@ FAULTS = {
     "impossible config": ("block_m: 64", "block_m: 96", 5, "block_m must be a power of two, got 96"),
     "wrong order of times": ("low: 99.00", "low: 200.00", 7, "0 < low <= median <= high"),
     "negative time": ("median: 100.00", "median: -1.00", 7, "not negative"),
+    "time of nothing": ("second: null", "second: null, apart: 90.00", 7, "stands in for no others; remove apart"),
     "no time": ("median: 100.00", "median: null", 7, "must be a number"),
 }
 
@@ -119,6 +120,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     """A field that is dropped or rounded away on the way to disk is evidence lost."""
     config = LaunchConfig(128, 64, num_warps=8, num_stages=3, maxnreg=168, loads="descriptor")
     mine = [entry(config=config), entry("dq"), entry(problem=replace(PROBLEM, causal=True, mask=True))]
+    mine.append(entry(branches=((256, 2), (256, 4)), apart=120.5))
     mine.append(replace(entry(grid=64), time_us=database.Times(6.12, 6.01, 7.0, default=None, second=6.5)))
     found = database_at(tmp_path, {"l4": mine})
     read = [*found.entries("sm_89", "nvidia-l4", "fwd").values(), *found.entries("sm_89", "nvidia-l4", "dq").values()]
@@ -159,6 +161,20 @@ def test_tuning_again_what_is_fine_changes_no_file(tmp_path: Path, change: dict[
     changed = database.save(L4, [entry(**change)], tmp_path)  # type: ignore[arg-type]
     assert changed == ([] if kept == "old" else [path])
     assert (path.read_text() == before) == (kept == "old")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [(None, None, "old"), (None, 150.0, "new"), (150.0, None, "old"), (150.0, 157.0, "old"), (150.0, 90.0, "new")],
+)
+def test_what_a_joint_launch_stands_in_for_counts_as_its_time(
+    tmp_path: Path, before: float | None, after: float | None, kept: str
+) -> None:
+    """The launches apart have become faster, or were timed for the first time, and calls go on as before."""
+    both = ((256, 2), (256, 4))
+    (path,) = database.save(L4, [entry(branches=both, apart=before)], tmp_path)
+    changed = database.save(L4, [entry(branches=both, median=101.0, apart=after)], tmp_path)
+    assert changed == ([] if kept == "old" else [path])
 
 
 def test_entries_are_sorted_whatever_came_first(tmp_path: Path) -> None:

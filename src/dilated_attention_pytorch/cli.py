@@ -20,7 +20,7 @@ from .config import DTYPE_BYTES, HEAD_OFFSETS, Problem
 from .device import Device, Toolchain
 from .errors import ArgumentError, DilatedAttentionError
 from .runtime.options import options
-from .runtime.plan import BACKENDS, Plan, plan
+from .runtime.plan import BACKENDS, Choice, Plan, plan
 from .runtime.variants import acting_order
 from .variant import ORDERS, QUERIES
 from .workloads import WORKLOADS, named, near_square
@@ -179,28 +179,34 @@ def _branches(chosen: argparse.Namespace, base: Problem) -> tuple[tuple[int, int
 
 def _as_json(found: Plan, backward: bool) -> dict[str, object]:
     """The plan in plain values, variants and configurations by name and by field."""
-    launches = [
-        {
-            "op": choice.op,
-            "branch": choice.branch,
-            "segment": found.problem.segment(choice.branch),
-            "dilation": found.problem.branches[choice.branch][1],
-            "order": acting_order(found.problem, choice.branch),
-            "variant": choice.variant.name,
-            "config": choice.config.to_dict(),
-            "rung": choice.rung,
-            "why": choice.why,
-            "passed": dict(choice.passed),
-        }
-        for choice in (found.launches if backward else found.fwd)
-    ]
+
+    def told(choices: Sequence[Choice]) -> list[dict[str, object]]:
+        return [
+            {
+                "op": choice.op,
+                "branch": choice.branch,
+                "branches": choice.branches,
+                "segment": found.problem.segment(choice.branch),
+                "dilation": found.problem.branches[choice.branch][1],
+                "order": acting_order(found.problem, choice.branch),
+                "variant": choice.variant.name,
+                "config": choice.config.to_dict(),
+                "rung": choice.rung,
+                "why": choice.why,
+                "passed": dict(choice.passed),
+            }
+            for choice in choices
+            if backward or choice.op == "fwd"
+        ]
+
     return {
         "problem": asdict(found.problem),
         "device": None if found.device is None else asdict(found.device),
         "backend": found.backend,
         "rung": found.rung,
         "refusals": [{"what": what, "why": why} for what, why in found.refusals],
-        "launches": launches,
+        "launches": told(found.launches),
+        "beaten": told(found.beaten),
     }
 
 

@@ -212,6 +212,11 @@ class ProblemKey:
             "full": all(map(problem.is_full, branches)),
             "mask": problem.mask,
             "tf32": problem.tf32,
+    @property
+    def is_joint(self) -> bool:
+        """Of a launch that stands in for several: in one pass it computes several branches."""
+        return len(self.branches) > 1
+
             "zeros": problem.padding == "zeros",
         }
         pairs = problem.segments(branches[0]) * problem.batch * problem.heads

@@ -51,7 +51,8 @@ class Resources:
 class Times:
     """Microseconds of a launch: the median with its interval, of the untuned default and of the runner-up.
 
-    `default` and `second` are None where the one did not run and where there was no other candidate.
+    `default` and `second` are None where the one did not run and where there was no other candidate. `apart` is of the
+    launches that a joint one stands in for, one after the other, timed in turn with it; None where that was not timed.
     """
 
     median: float
@@ -59,6 +60,17 @@ class Times:
     high: float
     default: float | None
     second: float | None
+    apart: float | None = None
+
+    @property
+    def is_beaten(self) -> bool:
+        """The launches that it stands in for are faster: they run in its place."""
+        return self.apart is not None and self.median > self.apart
+
+    @property
+    def dispatched(self) -> float:
+        """What a call takes: the launch, or what it stands in for if that is faster."""
+        return self.median if self.apart is None else min(self.median, self.apart)
 
 
 @dataclass(frozen=True)
@@ -259,11 +271,14 @@ def _names(cls: type) -> tuple[str, ...]:
 
 def _entry(item: Field) -> Entry:
     found = item.fields(_names(Entry))
+    key, times = _key(found["key"]), _times(found["time_us"])
+    if times.apart is not None and not key.is_joint:
+        raise found["time_us"].error("has apart, and its launch stands in for no others", "remove apart")
     return Entry(
-        key=_key(found["key"]),
+        key=key,
         config=_config(found["config"]),
         resources=Resources(**{name: f.integer() for name, f in found["resources"].fields(_names(Resources)).items()}),
-        time_us=_times(found["time_us"]),
+        time_us=times,
         check=Check(**{name: f.number() for name, f in found["check"].fields(_names(Check)).items()}),
         provenance=_provenance(found["provenance"]),
     )
@@ -324,12 +339,14 @@ def _launch_config(item: Field) -> LaunchConfig:
 
 
 def _times(item: Field) -> Times:
-    found = item.fields(_names(Times))
+    found = item.fields(tuple(name for name in _names(Times) if name != "apart"), ("apart",))
     times = Times(
-        *(found[name].number() for name in ("median", "low", "high")),
-        *(found[name].optional(Field.number) for name in ("default", "second")),
+        **{name: found[name].number() for name in ("median", "low", "high", "apart") if name in found},
+        **{name: found[name].optional(Field.number) for name in ("default", "second")},
     )
     if not 0 < times.low <= times.median <= times.high:
+    if times.apart is not None and not times.apart > 0:
+        raise found["apart"].error(f"must be above 0, got {times.apart:g}", "measure again")
         raise item.error("must hold 0 < low <= median <= high", "measure again")
     return times
 
@@ -550,15 +567,19 @@ def write(path: Path, name: str, entries: Iterable[Entry]) -> bool:
 
 
 def fold(old: Entry | None, new: Entry) -> Entry:
-    """The entry to keep: the old one where config, kernel and Triton are the same and the time moved by at most 5 %."""
-    if old is None:
+    """The entry to keep: the old one where config, kernel and Triton are the same and no time moved by more than 5 %.
+
+    The times are the launch's, and of what it stands in for: an entry that has learned of that is new.
+    """
+    if old is None or (old.time_us.apart is None and new.time_us.apart is not None):
         return new
     same = (old.config, old.provenance.kernel, old.provenance.triton) == (
         new.config,
         new.provenance.kernel,
         new.provenance.triton,
     )
-    moved = abs(new.time_us.median - old.time_us.median) / old.time_us.median
+    pairs = ((old.time_us.median, new.time_us.median), (old.time_us.apart, new.time_us.apart))
+    moved = max(abs(after - before) / before for before, after in pairs if before and after)
     return old if same and moved <= FOLD else new
 
 
@@ -567,6 +588,8 @@ def dump(name: str, entries: Iterable[Entry]) -> str:
     sorted_entries = sorted(entries, key=lambda entry: entry.key)
     blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:{'' if sorted_entries else ' []'}\n"]
     for entry in sorted_entries:
+        if times["apart"] is None:
+            del times["apart"]
         times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
         check = {k: f"{v:.2e}" for k, v in asdict(entry.check).items()}
         versions = {k: json.dumps(v) if isinstance(v, str) else v for k, v in asdict(entry.provenance).items()}

@@ -23,6 +23,8 @@ from dilated_attention_pytorch.workloads import WORKLOADS
 
 from ..measurements import KERNEL, PROBLEM, entry
 
+NESTED = replace(PROBLEM, length=32768, branches=((2048, 1), (4096, 2), (8192, 4)))
+"""What a rendered text computes in one pass."""
 H100 = device.simulated("h100")
 L4 = device.simulated("l4")
 ROOT = _layout.tune_db_dir().parent
@@ -122,6 +124,12 @@ def test_a_file_under_another_architecture_is_found(capsys: pytest.CaptureFixtur
     assert "lies under sm_80, and its device is sm_90; move the file" in run(capsys, "check", "--db", root)[1]
 
 
+def test_an_entry_that_sends_calls_elsewhere_is_of_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What says that branches are faster apart leads to no launch of its own, and would be removed as unreachable."""
+    root = saved(tmp_path, entry("fwd", NESTED, branch=(0, 1, 2), apart=90.0))
+    assert run(capsys, "check", "--db", root)[:2] == (0, f"{root}: 1 fresh; no faults\n")
+
+
 def test_stale_entries_fail_on_request_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A change of a template would block every merge until a GPU is at hand."""
     root = saved(tmp_path, entry(kernel="abcdefabcdef"), entry("dq", triton="3.5.1"))
@@ -158,8 +166,10 @@ def test_show_filters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert keys("--head-dim", "80") == [(H100.name, "fwd", 80)]
     assert keys("--dtype", "bf16") == []
     header, *lines = run(capsys, "show", "--db", root, "--gpu", "h100")[1].splitlines()
-    assert header.split() == ["device", "problem", "config", "us", "interval", "gain", "error", "date", "status"]
+    assert " ".join(header.split()) == "device problem config us interval gain apart error date status"
     assert all("64x32_w4_s2" in line and "1.25x" in line and "fresh" in line for line in lines)
+    joint = saved(tmp_path / "joint", entry("fwd", NESTED, branch=(0, 1, 2), apart=90.5))
+    assert " 1.25x  90.50  1.0e-04 " in run(capsys, "show", "--db", joint)[1]
 
 
 def test_stale_entries_become_a_list_to_tune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -244,6 +254,13 @@ def git(folder: Path, *words: object) -> str:
     name = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     return subprocess.run(
         ["git", *name, *map(str, words)], cwd=folder, check=True, capture_output=True, text=True
+def test_diff_tells_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An entry whose configuration stays, and after which calls launch something else: a diff of nothing."""
+    old, new = (saved(tmp_path / str(us), entry("fwd", NESTED, branch=(0, 1, 2), apart=us)) for us in (125.0, 80.0))
+    out = run(capsys, "diff", old, new, "--markdown")[1]
+    assert "| 64x32_w4_s2 | 100.00 | apart | 80.00 | 0.800 |" in out
+
+
     ).stdout
 
 
@@ -278,6 +295,9 @@ def medians(root: Path, on: device.Device = H100) -> dict[str, float]:
     found = contents(Database(root))
     return {key.op: measured.time_us.median for (_, name, key), measured in found.items() if name == on.name}
 
+FASTER_APART_OR_NOT: tuple[dict[str, float], ...] = ({"median": 100.0, "apart": 80.0}, {"median": 99.0})
+
+
 
 def test_merge_takes_the_measured_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two branches that tuned: whoever resolves the conflict by hand keeps one side whole, or mixes two entries."""
@@ -295,6 +315,15 @@ def test_merge_from_a_base_keeps_what_was_removed_removed(capsys: pytest.Capture
     """Without the base an entry that was deleted for good reason comes back from the other branch."""
     both = entry(), entry("dq"), entry("dkdv")
     base = saved(tmp_path / "base", *both)
+def test_merge_goes_by_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A joint launch that is a little faster takes away the measurement after which something else is faster still."""
+    apart, joint = (entry("fwd", NESTED, branch=(0, 1, 2), **times) for times in FASTER_APART_OR_NOT)
+    for number, (ours, theirs) in enumerate([(apart, joint), (joint, apart)]):
+        sides = [saved(tmp_path / f"{side}{number}", kept) for side, kept in (("ours", ours), ("theirs", theirs))]
+        assert run(capsys, "merge", *sides)[0] == 0
+        assert list(contents(Database(sides[0])).values()) == [apart]
+
+
     ours = saved(tmp_path / "ours", entry(median=300.0), both[2])
     theirs = saved(tmp_path / "theirs", *both[:2], entry("dkdv", median=200.0))
     assert run(capsys, "merge", base, ours, theirs)[0] == 0

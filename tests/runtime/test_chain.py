@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import dilated_attention_pytorch as dap
 from codegen.render import render
-from dilated_attention_pytorch import generated
+from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch.config import LaunchConfig, Problem
-from dilated_attention_pytorch.device import Toolchain, simulated
+from dilated_attention_pytorch.device import INTERPRETER, Toolchain, simulated
 from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime import variants
 from dilated_attention_pytorch.runtime.variants import chain, text_for
@@ -22,6 +23,7 @@ from dilated_attention_pytorch.variant import Variant
 
 from ..cases import Case, make_inputs, oracle
 from ..kernels import run_kernels, variants_run
+from ..measurements import KERNELS, entry
 from ..tolerances import check_results
 
 LONGNET = Problem("bf16", 1, 32768, 12, 12, 64, ((2048, 1), (4096, 2), (8192, 4), (16384, 6), (32768, 12)))
@@ -132,6 +134,25 @@ def test_one_pass_is_the_softmax_of_all_branches(case: Case, loads: str) -> None
     even = loads == "descriptor"
     assert variants_run(case, inputs, config) == {replace(SMALL, even=even).name}
     check_results(run_kernels(case, inputs, config), oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_text")
+def test_operations_need_not_agree_about_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that merges into what another operation wrote, or writes over what its own did."""
+    case = Case(N=75, branches=(*SMALL.levels, (75, 4)), H=2)
+    inputs = make_inputs(case)
+    apart = entry("dq", case.problem, branch=(0, 1), apart=90.0, config=LaunchConfig(16, 16, num_stages=1))
+    database.save(INTERPRETER, [apart], tmp_path)
+    monkeypatch.setattr(database, "rendered_kernels", lambda: KERNELS)
+    with dap.options(database=tmp_path) as chosen:
+        planned = plans.plan(case.problem, INTERPRETER, "triton", chosen)
+        assert [[choice.branches for choice in planned.of(op)] for op in ("fwd", "dq")] == [
+            [(0, 1), (2,)],
+            [(0,), (1,), (2,)],
+        ]
+        found = run_kernels(case, inputs)
+    check_results(found, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
 @pytest.mark.interpreter

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dilated_attention_pytorch import _layout, device, heuristics
-from dilated_attention_pytorch.config import LaunchConfig, Problem
+from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import INTERPRETER, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
@@ -193,6 +193,56 @@ def test_branches_are_launched_by_dilation(nothing: Database) -> None:
         *((op, branch) for branch in (1, 2, 0) for op in ("dkdv", "dq")),
     ]
     assert [choice.merge for choice in found.launches] == [False, True, True, False, False, *[True] * 4]
+
+
+# ---- Branches in one pass, or one by one -----------------------------------------------------------------------------
+
+NESTED = replace(PROBLEM, length=32768, branches=((2048, 1), (4096, 2), (8192, 4), (16384, 6)))
+"""Three branches that a rendered text computes in one pass, and one beside them."""
+CHAIN = (0, 1, 2)
+
+
+def passes(found: Plan) -> dict[str, list[tuple[int, ...]]]:
+    return {op: [choice.branches for choice in found.of(op)] for op in OPS}
+
+
+def test_whether_branches_share_a_pass_is_as_measured(tmp_path: Path) -> None:
+    """A pass that is slower than its branches apart, and runs; or one measurement that decides for all operations."""
+    times = {"fwd": 125.0, "dkdv": 80.0, "dq": None}
+    entries = [entry(op, NESTED, branch=CHAIN, apart=apart) for op, apart in times.items()]
+    found = planned(database_at(tmp_path, {"h100": entries}), NESTED)
+    together, apart = [CHAIN, (3,)], [(0,), (1,), (2,), (3,)]
+    assert passes(found) == {"fwd": together, "dkdv": apart, "dq": together}
+    for op in OPS:
+        assert [choice.merge for choice in found.of(op)] == [False] + [True] * (len(found.of(op)) - 1), op
+    assert [(choice.op, choice.branches) for choice in found.beaten] == [("dkdv", CHAIN)]
+    told = found.explain()
+    assert "not dkdv of branches 0, 1, 2 in one pass: faster apart; 64x32_w4_s2  exact: 100 us (99 to 101, " in told
+    assert "untuned 125, apart 80) on nvidia-h100" in told and "apart 125) on nvidia-h100" in told
+    assert "faster apart" not in found.explain(backward=False)
+
+
+def test_a_measurement_nearby_decides_too(tmp_path: Path) -> None:
+    """A sequence of twice the length, which nobody tuned, goes back to the slower way."""
+    near = entry("dq", replace(NESTED, length=16384, batch=4), branch=CHAIN, apart=80.0, grid=256)
+    found = planned(database_at(tmp_path, {"h200": [near]}), NESTED)
+    assert found.beaten[0].rung == "nearest"
+    assert [branches for branches in passes(found).items() if branches[1] != [CHAIN, (3,)]] == [
+        ("dq", [(0,), (1,), (2,), (3,)])
+    ]
+
+
+def test_the_launches_apart_come_down_the_ladder(tmp_path: Path) -> None:
+    """Branches that run apart, with tiles that nobody measured although somebody did."""
+    entries = [entry("fwd", NESTED, branch=CHAIN, apart=80.0), entry("fwd", NESTED, branch=1, config=MINE)]
+    found = planned(database_at(tmp_path, {"h100": entries}), NESTED)
+    assert [(choice.branch, choice.config == MINE) for choice in found.fwd if choice.rung == "exact"] == [(1, True)]
+
+
+def test_what_was_asked_for_is_launched_in_one_pass(tmp_path: Path) -> None:
+    """Tiles that somebody asked for, launched for each branch, because a measurement of other tiles says so."""
+    committed = database_at(tmp_path, {"h100": [entry("fwd", NESTED, branch=CHAIN, apart=80.0)]})
+    assert passes(planned(committed, NESTED, options=Options(config=(("fwd", MINE),))))["fwd"] == [CHAIN, (3,)]
 
 
 # ---- Everything fits -------------------------------------------------------------------------------------------------

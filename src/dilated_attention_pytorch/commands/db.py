@@ -14,7 +14,7 @@ from typing import Any
 from .. import _layout, database
 from .. import device as devices
 from ..config import DTYPE_BYTES, OPS
-from ..database import FRESH, INVALID, KERNEL_STALE, Database
+from ..database import FRESH, INVALID, KERNEL_STALE, Database, Entry
 from ..device import CPU, Device, Toolchain
 from ..errors import ArgumentError
 from ..runtime.misses import line
@@ -52,8 +52,8 @@ MERGE = """\
   dilated-attention db merge BASE OURS THEIRS         the same, with what both started from
 
 What one side alone changed or removed since BASE is as that side has it. Where both measured one problem, the entry
-stays whose result was right, else whose kernel text is still there, else whose median is shorter, else the later one:
-whichever side is called OURS.
+stays whose result was right, else whose kernel text is still there, else whose launch, or what it stands in for, is
+faster, else the later one: whichever side is called OURS.
 
 As git's merge driver (.gitattributes names it for tune_db already):
   git config merge.tune_db.driver "dilated-attention db merge %O %A %B"
@@ -203,7 +203,7 @@ def _show(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps([_as_json(row) for row in rows], indent=2))
         return 0
-    header = ("device", "problem", "config", "us", "interval", "gain", "error", "date", "status")
+    header = ("device", "problem", "config", "us", "interval", "gain", "apart", "error", "date", "status")
     print(_table(header, [_evidence(row) for row in rows]) or "no entries\n", end="")
     return 0
 
@@ -211,7 +211,8 @@ def _show(chosen: argparse.Namespace) -> int:
 def _evidence(row: Row) -> tuple[str, ...]:
     entry, times = row.entry, row.entry.time_us
     gain = "" if times.default is None else f"{times.default / times.median:.2f}x"
-    measured = f"{times.median:.2f}", f"{times.low:.2f}..{times.high:.2f}", gain, f"{entry.check.error:.1e}"
+    apart = "" if times.apart is None else f"{times.apart:.2f}"
+    measured = f"{times.median:.2f}", f"{times.low:.2f}..{times.high:.2f}", gain, apart, f"{entry.check.error:.1e}"
     return row.device, title(entry.key), entry.config.name, *measured, entry.provenance.date, row.status
 
 
@@ -315,11 +316,7 @@ def _diff(chosen: argparse.Namespace) -> int:
 
 def _change(change: Change) -> tuple[str, ...]:
     _, device, key = change.place
-    cells = [
-        part
-        for entry in (change.old, change.new)
-        for part in (("-", "-") if entry is None else (entry.config.name, f"{entry.time_us.median:.2f}"))
-    ]
+    cells = [cell for entry in (change.old, change.new) for cell in _runs(entry)]
     return device, title(key), *cells, "-" if change.ratio is None else f"{change.ratio:.3f}"
 
 
@@ -332,6 +329,13 @@ def _change_json(change: Change) -> dict[str, Any]:
 def _merge(chosen: argparse.Namespace) -> int:
     if not 2 <= len(chosen.sides) <= 3:
         raise ArgumentError(f"merge takes OURS THEIRS or BASE OURS THEIRS, got {len(chosen.sides)} paths")
+def _runs(entry: Entry | None) -> tuple[str, str]:
+    """What a call runs by an entry, and how long: its configuration, or the launches that it stands in for."""
+    if entry is None:
+        return "-", "-"
+    return "apart" if entry.time_us.is_beaten else entry.config.name, f"{entry.time_us.dispatched:.2f}"
+
+
     *base, ours, theirs = chosen.sides
     if ours.is_dir():
         written = sides.merge_folders(base[0] if base else None, ours, theirs)

@@ -14,13 +14,13 @@ from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
 from ..config import OPS, LaunchConfig, Problem
-from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup
+from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import chain, key_of, query_rows, rows_of_class, text_for
+from .variants import chain, key_of, query_rows, rows_of_class, stood_in_for, text_for
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -92,6 +92,7 @@ class Plan:
     problem: Problem
     device: Device | None
     backend: str
+        beaten: Joint launches whose measurement says that those which they stand in for are faster: these are launched.
     launches: tuple[Choice, ...]
     refusals: tuple[tuple[str, str], ...]
     rung: str
@@ -101,6 +102,7 @@ class Plan:
         """The launches of one operation."""
         return tuple(choice for choice in self.launches if choice.op == op)
 
+    beaten: tuple[Choice, ...] = ()
     @property
     def fwd(self) -> tuple[Choice, ...]:
         """The launches of the forward."""
@@ -221,12 +223,13 @@ def _plan(
     if not reasons and device is not None:
         overlay = _overlay_of(options)
         try:
-            launches = _launches(_Question(problem, device, options, backward, toolchain, committed, overlay, texts))
+            question = _Question(problem, device, options, backward, toolchain, committed, overlay, texts)
+            launches, beaten = _launches(question)
         except _NothingFits as error:
             reasons = (str(error),)
         else:
             rung = max((choice.rung for choice in launches), key=list(LADDER).index)
-            return Plan(problem, device, "triton", launches, refusals=(), rung=rung)
+            return Plan(problem, device, "triton", launches, refusals=(), rung=rung, beaten=beaten)
     if backend == "triton":
         raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
     if last := torch_refusals(problem):
@@ -239,8 +242,7 @@ def _plan(
 def launch_order(problem: Problem, texts: frozenset[str]) -> list[tuple[int, ...]]:
     """A chain, then the others by dilation: the first launch covers most steps, so the fewest rows are mere zeros."""
     first = chain(problem, texts)
-    others = (branch for branch in range(len(problem.branches)) if branch not in first)
-    alone = ((branch,) for branch in sorted(others, key=lambda branch: problem.branches[branch][1]))
+    alone = ((branch,) for branch in _by_dilation(problem) if branch not in first)
     return [*([first] if first else []), *alone]
 
 
@@ -259,6 +261,10 @@ def _measured_calls(
     for branch, op in itertools.product(range(len(problem.branches)), CALL_OPS):
         for hit in Lookup(key_of(problem, op, branch), devices.cpu(), toolchain, committed, overlay).in_overlay():
             if hit.status == FRESH and isinstance(hit.entry.config, CallConfig):
+def _by_dilation(problem: Problem) -> list[int]:
+    return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
+
+
                 found.append(CallChoice(op, branch, hit.entry.config, f"overlay: {_evidence(hit)}"))
     return tuple(found)
 
@@ -291,7 +297,7 @@ class _Question:
 
 
 class _Offer(NamedTuple):
-    """A configuration that a rung puts forward; `unfit` says why it cannot be launched here."""
+    """A configuration that a rung puts forward; `unfit` says why it cannot be launched here, `times` what it took."""
 
     config: LaunchConfig
     why: str
@@ -311,6 +317,7 @@ def _explicit(question: _Question, op: str) -> list[_Offer]:
 def _overlay(question: _Question, op: str) -> list[_Offer]:
     return _measured(question, op, question.lookup(op).in_overlay())
 
+    times: Times | None = None
 
 def _exact(question: _Question, op: str) -> list[_Offer]:
     return _measured(question, op, question.lookup(op).exact())
@@ -372,16 +379,30 @@ MEASURED = ("config", "overlay", "exact", "silicon")
 """Rungs that `on_miss="error"` accepts: somebody chose or measured this very problem."""
 
 
-def _launches(question: _Question) -> tuple[Choice, ...]:
-    """Of each operation in turn, those of a branch side by side in the backward: they read the same rows."""
-    order = launch_order(question.problem, question.texts)
-    turns = {branches[0]: place for place, branches in enumerate(order)}
-    found = [
-        replace(_climb(replace(question, branches=branches), op), merge=place > 0)
-        for op in OPS
-        for place, branches in enumerate(order)
-    ]
-    return tuple(sorted(found, key=lambda choice: (choice.op != "fwd", turns[choice.branch])))
+def _launches(question: _Question) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+    """The launches in their order, and joint ones that were beaten.
+
+    A chain goes first, the others by dilation: the first launch covers most steps. In the backward the launches of a
+    branch stand side by side: they read the same rows.
+    """
+    problem = question.problem
+    found: list[Choice] = []
+    beaten: list[Choice] = []
+    for op, branches in itertools.product(OPS, launch_order(problem, question.texts)):
+        found += _joint_or_apart(question, op, branches, beaten)
+    turns = {branch: turn for turn, branch in enumerate(_by_dilation(problem))}
+    found.sort(key=lambda choice: (choice.op != "fwd", not choice.wider, turns[choice.branch]))
+    firsts = {choice.op: choice for choice in reversed(found)}
+    return tuple(replace(choice, merge=choice is not firsts[choice.op]) for choice in found), tuple(beaten)
+
+
+def _joint_or_apart(question: _Question, op: str, branches: tuple[int, ...], beaten: list[Choice]) -> list[Choice]:
+    """One launch; or those that it stands in for, where its measurement says that they are faster, and it is beaten."""
+    choice, times = _climb(replace(question, branches=branches), op)
+    if times is None or not times.is_beaten:
+        return [choice]
+    beaten.append(choice)
+    return [found for part in stood_in_for(op, branches) for found in _joint_or_apart(question, *part, beaten)]
 
 
 def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> list[LaunchConfig]:
@@ -402,14 +423,14 @@ def step_down(problem: Problem, choice: Choice) -> Choice:
     return replace(choice, variant=variant, config=config, rung="floor", why="the smallest tiles", passed=passed)
 
 
-def _climb(question: _Question, op: str) -> Choice:
-    """Down the ladder to the first offer that fits."""
+def _climb(question: _Question, op: str) -> tuple[Choice, Times | None]:
+    """Down the ladder to the first offer that fits, and what it took where it was measured."""
     passed: list[tuple[str, str]] = []
     for rung, (offers, silence) in LADDER.items():
         found = offers(question, op)
         if not found:
             passed.append((rung, silence))
-        for config, why, unfit in found:
+        for config, why, unfit, times in found:
             variant = text_for(question.problem, question.branches, op, config, question.texts)
             if variant is None and len(question.branches) == 1:
                 raise _NothingFits("generated/ has no general text for this order; `python -m codegen` writes it")
@@ -419,7 +440,7 @@ def _climb(question: _Question, op: str) -> Choice:
             if unfit is None:
                 _refuse_miss(question, op, rung)
                 branch, *wider = question.branches
-                return Choice(op, branch, variant, config, rung, why, tuple(passed), tuple(wider))
+                return Choice(op, branch, variant, config, rung, why, tuple(passed), tuple(wider)), times
             passed.append((rung, unfit))
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
 
@@ -441,7 +462,9 @@ def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> 
 
 def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
     """Offers of entries: they fit by what their kernel took, which had this head_dim, dtype and op."""
-    return [_Offer(hit.entry.launch, _evidence(hit), _unfit(question, op, hit, stale)) for hit in hits]
+    return [
+        _Offer(hit.entry.launch, _evidence(hit), _unfit(question, op, hit, stale), hit.entry.time_us) for hit in hits
+    ]
 
 
 def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
@@ -474,3 +497,4 @@ def _evidence(hit: Hit) -> str:
         f"{times.median:g} us ({times.low:g} to {times.high:g}{default}) on {hit.device}"
         f"{problem if hit.distance else ''}, {toolchain}, {source.date}, {hit.status}"
     )
+    default += "" if times.apart is None else f", apart {times.apart:g}"

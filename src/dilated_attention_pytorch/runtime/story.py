@@ -20,6 +20,10 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
     yield f"backend  {plan.backend}, lowest rung: {plan.rung}"
     for name, sentence in plan.refusals:
         yield f"         not {name}: {sentence}"
+    for choice in plan.beaten:
+        if backward or choice.op == "fwd":
+            passed = f"faster apart; {choice.config.name}  {choice.rung}: {choice.why}"
+            yield f"         not {choice.op} of branches {_listed(choice.branches)} in one pass: {passed}"
     for calls in plan.calls:
         if backward or calls.op == "fwd":
             name = "forward" if calls.op == "fwd" else "backward"

@@ -44,6 +44,11 @@ def chain(problem: Problem, texts: frozenset[str]) -> tuple[int, ...]:
     return ()
 
 
+def stood_in_for(op: str, branches: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The launches that one launch is in the place of, as (operation, branches) in their order; none of a plain one."""
+    return [(op, (branch,)) for branch in branches] if len(branches) > 1 else []
+
+
 def nested(problem: Problem) -> list[int]:
     """The branches that one pass could compute if there were a text, the narrowest first.
 

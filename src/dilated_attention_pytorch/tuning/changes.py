@@ -35,10 +35,10 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """New time over old; None where a side has no entry."""
+        """New time over old, of what a call runs; None where a side has no entry."""
         if self.old is None or self.new is None:
             return None
-        return self.new.time_us.median / self.old.time_us.median
+        return self.new.time_us.dispatched / self.old.time_us.dispatched
 
 
 def contents(found: Database) -> Entries:
@@ -96,12 +96,13 @@ def better(a: Entry, b: Entry, kernels: Collection[str]) -> Entry:
     """The entry to keep of two for one problem, whichever is named first.
 
     One whose result was right goes before one that was wrong; one whose kernel text is still there before one of a text
-    that is gone, since times of other texts say nothing of this one; then the shorter median; then the later day.
+    that is gone, since times of other texts say nothing of this one; then the shorter time of what a call would run,
+    the launch or those that it stands in for; then one that tells of both; then the later day.
     """
 
-    def rank(entry: Entry) -> tuple[bool, bool, float]:
-        wrong = entry.check.error > entry.check.tolerance
-        return wrong, entry.provenance.kernel not in kernels, entry.time_us.median
+    def rank(entry: Entry) -> tuple[bool, bool, float, bool]:
+        wrong, times = entry.check.error > entry.check.tolerance, entry.time_us
+        return wrong, entry.provenance.kernel not in kernels, times.dispatched, times.apart is None
 
     if rank(a) != rank(b):
         return min(a, b, key=rank)

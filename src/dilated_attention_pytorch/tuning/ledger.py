@@ -244,11 +244,14 @@ def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
         return
     toolchain = Toolchain(row.entry.provenance.triton)
     try:
-        choice, *others = plan(problem, device, "triton", toolchain=toolchain, committed=found).of(row.entry.key.op)
+        planned = plan(problem, device, "triton", toolchain=toolchain, committed=found)
     except DilatedAttentionError as error:
         yield f"no call can use it: {error}; remove the entry"
         return
-    if others:
+    whole = tuple(range(len(problem.branches)))
+    choices = [choice for choice in (*planned.launches, *planned.beaten) if choice.op == row.entry.key.op]
+    choice = next((choice for choice in choices if choice.branches == whole), None)
+    if choice is None:
         yield "no call can use it: no text computes these branches in one pass; remove the entry"
         return
     if (choice.rung, choice.config) != ("exact", row.entry.config):
