@@ -204,6 +204,11 @@ class ProblemKey:
     flags: tuple[str, ...]
     grid: int
 
+    @property
+    def is_joint(self) -> bool:
+        """Of a launch that stands in for several: in one pass it computes several branches."""
+        return len(self.branches) > 1
+
     @classmethod
     def of(cls, problem: Problem, op: str, *branches: int) -> ProblemKey:
         """The key of the launch of `op` that computes a branch of a problem, or a chain, the narrowest first."""
@@ -212,11 +217,6 @@ class ProblemKey:
             "full": all(map(problem.is_full, branches)),
             "mask": problem.mask,
             "tf32": problem.tf32,
-    @property
-    def is_joint(self) -> bool:
-        """Of a launch that stands in for several: in one pass it computes several branches."""
-        return len(self.branches) > 1
-
             "zeros": problem.padding == "zeros",
         }
         pairs = problem.segments(branches[0]) * problem.batch * problem.heads

@@ -345,9 +345,9 @@ def _times(item: Field) -> Times:
         **{name: found[name].optional(Field.number) for name in ("default", "second")},
     )
     if not 0 < times.low <= times.median <= times.high:
+        raise item.error("must hold 0 < low <= median <= high", "measure again")
     if times.apart is not None and not times.apart > 0:
         raise found["apart"].error(f"must be above 0, got {times.apart:g}", "measure again")
-        raise item.error("must hold 0 < low <= median <= high", "measure again")
     return times
 
 
@@ -588,9 +588,9 @@ def dump(name: str, entries: Iterable[Entry]) -> str:
     sorted_entries = sorted(entries, key=lambda entry: entry.key)
     blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:{'' if sorted_entries else ' []'}\n"]
     for entry in sorted_entries:
+        times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
         if times["apart"] is None:
             del times["apart"]
-        times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
         check = {k: f"{v:.2e}" for k, v in asdict(entry.check).items()}
         versions = {k: json.dumps(v) if isinstance(v, str) else v for k, v in asdict(entry.provenance).items()}
         blocks.append(

@@ -250,10 +250,6 @@ def test_diff_shows_old_and_new(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert run(capsys, "diff", old, old)[1] == "0 changed, 3 unchanged\n"
 
 
-def git(folder: Path, *words: object) -> str:
-    name = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
-    return subprocess.run(
-        ["git", *name, *map(str, words)], cwd=folder, check=True, capture_output=True, text=True
 def test_diff_tells_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """An entry whose configuration stays, and after which calls launch something else: a diff of nothing."""
     old, new = (saved(tmp_path / str(us), entry("fwd", NESTED, branch=(0, 1, 2), apart=us)) for us in (125.0, 80.0))
@@ -261,6 +257,10 @@ def test_diff_tells_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "| 64x32_w4_s2 | 100.00 | apart | 80.00 | 0.800 |" in out
 
 
+def git(folder: Path, *words: object) -> str:
+    name = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    return subprocess.run(
+        ["git", *name, *map(str, words)], cwd=folder, check=True, capture_output=True, text=True
     ).stdout
 
 
@@ -291,12 +291,12 @@ def test_diff_against_a_revision(capsys: pytest.CaptureFixture[str], checkout: P
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 
+FASTER_APART_OR_NOT: tuple[dict[str, float], ...] = ({"median": 100.0, "apart": 80.0}, {"median": 99.0})
+
+
 def medians(root: Path, on: device.Device = H100) -> dict[str, float]:
     found = contents(Database(root))
     return {key.op: measured.time_us.median for (_, name, key), measured in found.items() if name == on.name}
-
-FASTER_APART_OR_NOT: tuple[dict[str, float], ...] = ({"median": 100.0, "apart": 80.0}, {"median": 99.0})
-
 
 
 def test_merge_takes_the_measured_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -311,10 +311,6 @@ def test_merge_takes_the_measured_time(capsys: pytest.CaptureFixture[str], tmp_p
     assert run(capsys, "merge", ours, theirs)[1] == f"0 files changed in {ours}\n"
 
 
-def test_merge_from_a_base_keeps_what_was_removed_removed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Without the base an entry that was deleted for good reason comes back from the other branch."""
-    both = entry(), entry("dq"), entry("dkdv")
-    base = saved(tmp_path / "base", *both)
 def test_merge_goes_by_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A joint launch that is a little faster takes away the measurement after which something else is faster still."""
     apart, joint = (entry("fwd", NESTED, branch=(0, 1, 2), **times) for times in FASTER_APART_OR_NOT)
@@ -324,6 +320,10 @@ def test_merge_goes_by_what_calls_run(capsys: pytest.CaptureFixture[str], tmp_pa
         assert list(contents(Database(sides[0])).values()) == [apart]
 
 
+def test_merge_from_a_base_keeps_what_was_removed_removed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without the base an entry that was deleted for good reason comes back from the other branch."""
+    both = entry(), entry("dq"), entry("dkdv")
+    base = saved(tmp_path / "base", *both)
     ours = saved(tmp_path / "ours", entry(median=300.0), both[2])
     theirs = saved(tmp_path / "theirs", *both[:2], entry("dkdv", median=200.0))
     assert run(capsys, "merge", base, ours, theirs)[0] == 0

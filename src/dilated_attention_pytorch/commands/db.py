@@ -320,6 +320,13 @@ def _change(change: Change) -> tuple[str, ...]:
     return device, title(key), *cells, "-" if change.ratio is None else f"{change.ratio:.3f}"
 
 
+def _runs(entry: Entry | None) -> tuple[str, str]:
+    """What a call runs by an entry, and how long: its configuration, or the launches that it stands in for."""
+    if entry is None:
+        return "-", "-"
+    return "apart" if entry.time_us.is_beaten else entry.config.name, f"{entry.time_us.dispatched:.2f}"
+
+
 def _change_json(change: Change) -> dict[str, Any]:
     arch, device, key = change.place
     old, new = (None if entry is None else asdict(entry) for entry in (change.old, change.new))
@@ -329,13 +336,6 @@ def _change_json(change: Change) -> dict[str, Any]:
 def _merge(chosen: argparse.Namespace) -> int:
     if not 2 <= len(chosen.sides) <= 3:
         raise ArgumentError(f"merge takes OURS THEIRS or BASE OURS THEIRS, got {len(chosen.sides)} paths")
-def _runs(entry: Entry | None) -> tuple[str, str]:
-    """What a call runs by an entry, and how long: its configuration, or the launches that it stands in for."""
-    if entry is None:
-        return "-", "-"
-    return "apart" if entry.time_us.is_beaten else entry.config.name, f"{entry.time_us.dispatched:.2f}"
-
-
     *base, ours, theirs = chosen.sides
     if ours.is_dir():
         written = sides.merge_folders(base[0] if base else None, ours, theirs)

@@ -87,22 +87,22 @@ class Plan:
         refusals: (backend or rung, sentence) of everything that was passed over as a whole.
         rung: The lowest rung of the ladder that any launch came from; the backend's name for the other backends.
         calls: Of the torch backend, what the user's own database has measured on this processor.
+        beaten: Joint launches whose measurement says that those which they stand in for are faster: these are launched.
     """
 
     problem: Problem
     device: Device | None
     backend: str
-        beaten: Joint launches whose measurement says that those which they stand in for are faster: these are launched.
     launches: tuple[Choice, ...]
     refusals: tuple[tuple[str, str], ...]
     rung: str
     calls: tuple[CallChoice, ...] = ()
+    beaten: tuple[Choice, ...] = ()
 
     def of(self, op: str) -> tuple[Choice, ...]:
         """The launches of one operation."""
         return tuple(choice for choice in self.launches if choice.op == op)
 
-    beaten: tuple[Choice, ...] = ()
     @property
     def fwd(self) -> tuple[Choice, ...]:
         """The launches of the forward."""
@@ -246,6 +246,10 @@ def launch_order(problem: Problem, texts: frozenset[str]) -> list[tuple[int, ...
     return [*([first] if first else []), *alone]
 
 
+def _by_dilation(problem: Problem) -> list[int]:
+    return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
+
+
 def _overlay_of(options: Options) -> Database | None:
     own = _own_database() if options.database is None else options.database
     return None if own is None else database.load(own)
@@ -261,10 +265,6 @@ def _measured_calls(
     for branch, op in itertools.product(range(len(problem.branches)), CALL_OPS):
         for hit in Lookup(key_of(problem, op, branch), devices.cpu(), toolchain, committed, overlay).in_overlay():
             if hit.status == FRESH and isinstance(hit.entry.config, CallConfig):
-def _by_dilation(problem: Problem) -> list[int]:
-    return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
-
-
                 found.append(CallChoice(op, branch, hit.entry.config, f"overlay: {_evidence(hit)}"))
     return tuple(found)
 
@@ -302,6 +302,7 @@ class _Offer(NamedTuple):
     config: LaunchConfig
     why: str
     unfit: str | None
+    times: Times | None = None
 
 
 def _explicit(question: _Question, op: str) -> list[_Offer]:
@@ -317,7 +318,6 @@ def _explicit(question: _Question, op: str) -> list[_Offer]:
 def _overlay(question: _Question, op: str) -> list[_Offer]:
     return _measured(question, op, question.lookup(op).in_overlay())
 
-    times: Times | None = None
 
 def _exact(question: _Question, op: str) -> list[_Offer]:
     return _measured(question, op, question.lookup(op).exact())
@@ -492,9 +492,9 @@ def _evidence(hit: Hit) -> str:
     key, times, source = hit.entry.key, hit.entry.time_us, hit.entry.provenance
     toolchain = f"Triton {source.triton}" if isinstance(hit.entry.config, LaunchConfig) else f"torch {source.torch}"
     default = "" if times.default is None else f", untuned {times.default:g}"
+    default += "" if times.apart is None else f", apart {times.apart:g}"
     problem = f" for [rows, stride] {list(map(list, key.branches))}, grid {key.grid}, at distance {hit.distance:.2f}"
     return (
         f"{times.median:g} us ({times.low:g} to {times.high:g}{default}) on {hit.device}"
         f"{problem if hit.distance else ''}, {toolchain}, {source.date}, {hit.status}"
     )
-    default += "" if times.apart is None else f", apart {times.apart:g}"
