@@ -213,9 +213,13 @@ def test_coverage_tells_measured_from_borrowed(capsys: pytest.CaptureFixture[str
     }
     assert (code, rungs) == (0, {"fwd": "silicon", "dkdv": "heuristic", "dq": "nearest"})
     assert json.loads(out)["measured_percent"] == pytest.approx(100 / len(launches))
+    own = json.loads(run(capsys, "coverage", "--gpu", "h100", "--workload", "core", "--db", root, "--json")[1])
+    assert own["entries"]["asked"] - len(own["entries"]["missing"]) == 1
+    assert ledger.title(replace(entry("fwd", problem).key, order="none")) not in own["entries"]["missing"]
     code, out, _ = run(capsys, "coverage", "--gpu", "h200", "--workload", "core", "--db", root, "--fail-under", "50")
     assert code == 1
     assert f"of {len(launches)} launches measured" in out.splitlines()[-1]
+    assert out.splitlines()[-2] == f"core: 0 of {own['entries']['asked']} entries of nvidia-h200 are there"
 
 
 def test_the_commands_of_the_documents_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dilated_attention_pytorch import _layout, cli, device
 from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.tuning import problems, screening
 from dilated_attention_pytorch.workloads import named
 
 
@@ -54,7 +56,29 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     # Of longnet a chain and two branches, causal or not, and the core's three: each by every kernel.
     assert len(found["problems"]) == (2 * 3 + 3) * len(OPS)
     assert sum(problem["weight"] for problem in found["problems"]) == pytest.approx(1.0)
+    assert {len(problem["candidates"]) for problem in found["problems"]} <= {*range(13)}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("on_an_h100")
+def test_the_standard_preset_takes_ten_minutes_at_most(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A grid that grew until nobody waits for it, or limits of a preset that hold for nothing, or for all."""
+    monkeypatch.setattr(screening, "cores", lambda: 16)
+
+    def dry(*given: str) -> dict[str, Any]:
+        assert cli.main(["tune", *given, "--dry-run", "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    standard = dry()
+    most = problems.PRESETS["standard"].candidates
+    assert len(standard["problems"]) <= problems.MOST_ENTRIES
+    assert max(len(problem["candidates"]) for problem in standard["problems"]) == most
+    assert standard["seconds"] <= 600
+    assert max(len(problem["candidates"]) for problem in dry("--candidates", "2")["problems"]) == 2
+    assert min(len(problem["candidates"]) for problem in dry("--workload", "longnet")["problems"]) > most
 
 
 @pytest.mark.usefixtures("on_an_h100")

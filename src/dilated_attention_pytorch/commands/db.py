@@ -21,9 +21,9 @@ from ..runtime.misses import line
 from ..tuning import changes as sides
 from ..tuning import ledger
 from ..tuning.changes import Change
-from ..tuning.coverage import Covered, coverage
+from ..tuning.coverage import Covered, coverage, missing
 from ..tuning.ledger import STATUSES, Fault, Row, title
-from ..tuning.problems import PRESETS, calls_of, preset
+from ..tuning.problems import PRESETS, calls_of, of_calls, preset
 from ..workloads import WORKLOADS
 
 DB = """\
@@ -71,7 +71,8 @@ Exit code 1 where something is to be measured again.
 COVERAGE = """\
 For each launch of the known models' calls, forward and backward: the rung of the ladder that its configuration comes
 from on that GPU. exact and silicon are measurements of this very problem; nearest and arch are borrowed; heuristic is
-the untuned default. The GPU need not be here.
+the untuned default. The GPU need not be here. Then, by model, how many of the entries that `tune` would measure are
+there for this very GPU and still hold; with --json those that are missing by name.
 """
 
 
@@ -264,9 +265,13 @@ def _coverage(chosen: argparse.Namespace) -> int:
     }
     every = [launch for launches in covered.values() for launch in launches]
     share = 100 * sum(launch.measured for launch in every) / len(every)
+    tasks = of_calls(calls, device)
+    absent = missing(tasks, device, toolchain, found)
     if chosen.json:
         workloads = {name: [_launch(launch) for launch in launches] for name, launches in covered.items()}
-        print(json.dumps({"device": device.name, "measured_percent": share, "workloads": workloads}, indent=2))
+        entries = {"asked": len(tasks), "missing": [title(task.key) for task in absent]}
+        told = {"device": device.name, "measured_percent": share, "entries": entries, "workloads": workloads}
+        print(json.dumps(told, indent=2))
     else:
         print(device)
         table = [
@@ -275,6 +280,10 @@ def _coverage(chosen: argparse.Namespace) -> int:
             for launch in launches
         ]
         print(_table(("workload", "problem", "rung", "config", "why"), table), end="")
+        asked, lacking = (Counter(task.workload for task in some) for some in (tasks, absent))
+        for workload in covered:
+            there = asked[workload] - lacking[workload]
+            print(f"{workload}: {there} of {asked[workload]} entries of {device.name} are there")
         rungs = Counter(launch.choice.rung for launch in every)
         print(f"{share:.0f} % of {len(every)} launches measured: {_counted(rungs)}")
     return 1 if chosen.fail_under is not None and share < chosen.fail_under else 0

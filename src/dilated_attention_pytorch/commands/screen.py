@@ -50,7 +50,9 @@ def add(commands: Commands) -> None:
     where.add_argument("--gpu", metavar="NAME", help="a GPU of tune_db/devices.yaml, e.g. l4")
     tune.add_problems(parser)
     how = parser.add_argument_group("how")
-    how.add_argument("--candidates", type=tune.count, metavar="N", help="at most, a problem; the most promising")
+    how.add_argument(
+        "--candidates", type=tune.count, metavar="N", help="at most, a problem (default: as `tune` has it)"
+    )
     how.add_argument("--processes", type=tune.count, metavar="N", help="that compile (default: one a core)")
     how.add_argument("--output", type=Path, metavar="FILE", help="write the ranked list for `tune --from-screen`")
     how.add_argument("--json", action="store_true", help="print the ranked list instead of the table")
@@ -63,7 +65,8 @@ def run(chosen: argparse.Namespace) -> int:
 
     device = devices.simulated(chosen.gpu) if chosen.gpu else _of_arch(chosen.arch)
     tasks = tune.chosen_tasks(chosen, device)
-    wanted = {task.key: space.space(task, device)[: chosen.candidates] for task in tasks}
+    limit, _ = tune.thoroughness(chosen)
+    wanted = {task.key: space.space(task, device)[:limit] for task in tasks}
     found: list[tuple[Task, list[tuple[Candidate, Compiled]]]] = []
     for task, compiled in screened(tasks, wanted, device, chosen.processes):
         found.append((task, compiled))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DTYPE_BYTES
 from ..device import CPU
 from ..errors import ArgumentError, UnsupportedError
+from ..tuning.problems import PRESETS
 from ..workloads import WORKLOADS
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 TUNE = """\
 examples:
-  dilated-attention tune                                   the standard preset: every model that is known here
+  dilated-attention tune                                   the standard preset: every model that is known here, and a
+                                                           grid around them; ten minutes on 16 cores
   dilated-attention tune --preset quick                    longnet and core in bf16: a minute or two
   dilated-attention tune --workload gigapath --budget 10m  the weightiest problems first, and stop in time
   dilated-attention tune --from-misses misses.jsonl        what options(miss_log="misses.jsonl") collected
@@ -65,8 +67,15 @@ def add(commands: Commands) -> None:
     how.add_argument("--shard", type=_shard, metavar="i/n", default=(0, 1), help="the i-th of n hosts' part, from 0")
     how.add_argument("--budget", type=_seconds, metavar="TIME", default=math.inf, help="such as 90s, 10m or 2h")
     how.add_argument("--resume", action="store_true", help="go on with this device's last run")
-    how.add_argument("--dry-run", action="store_true", help="say what would be tuned, and stop")
-    how.add_argument("--candidates", type=count, metavar="N", help="at most, a problem; the most promising")
+    how.add_argument("--dry-run", action="store_true", help="say what would be tuned and how long it takes, and stop")
+    how.add_argument(
+        "--candidates",
+        type=count,
+        metavar="N",
+        help="at most, a problem, the most promising (default: "
+        + ", ".join(f"{name} {preset.candidates}" for name, preset in PRESETS.items())
+        + ", others all)",
+    )
     how.add_argument("--from-screen", type=Path, metavar="FILE", help="candidates, as `screen --output` ranked them")
     how.add_argument("--processes", type=count, metavar="N", help="that compile (default: as many as free cores)")
     where = parser.add_argument_group("where")
@@ -83,7 +92,7 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--workload", action="append", metavar="NAME", help="one of " + ", ".join(WORKLOADS) + "; may be repeated"
     )
-    one.add_argument("--preset", choices=("standard", "quick"), default="standard", help="default standard")
+    one.add_argument("--preset", choices=tuple(PRESETS), default="standard", help="default standard")
     one.add_argument("--from-misses", type=Path, metavar="FILE", help="problems of a miss log")
     what.add_argument("--dtype", action="append", choices=tuple(DTYPE_BYTES)[:3], help="these alone; may be repeated")
 
@@ -122,19 +131,19 @@ def run(chosen: argparse.Namespace) -> int:
     device, measuring = _machine(chosen.gpus)
     tasks = problems.shard(chosen_tasks(chosen, device), chosen.shard)
     root = chosen.db or (_layout.user_db_dir() if device.arch == CPU else _layout.own_db_dir())
+    limit, steps = thoroughness(chosen)
     if chosen.dry_run:
-        _dry_run(tasks, device, root, chosen)
+        _dry_run(tasks, device, root, chosen, len(measuring))
         return 0
     settings = Settings(
         journal=_journal(chosen.runs or runs_dir(), device.name, chosen),
         root=root,
         gpus=measuring,
         budget_s=chosen.budget,
-        limit=chosen.candidates,
+        limit=limit,
+        steps=steps,
         processes=chosen.processes,
     )
-    if chosen.preset == "quick":
-        settings = replace(settings, limit=chosen.candidates or QUICK, steps=QUICK_STEPS)
     if device.arch == CPU:
         settings = replace(settings, compiler=None, race_us=CPU_RACE_US, finals_us=CPU_FINALS_US)
     command = shlex.join(["dilated-attention", *sys.argv[1:]])
@@ -150,26 +159,42 @@ CPU_RACE_US = 5e5
 CPU_FINALS_US = 4e6
 """On a CPU, where a launch takes a hundred times as long and its clock is no better."""
 
-QUICK = 12
-QUICK_STEPS = 4
-"""Candidates a problem in the quick preset, and those that the step adds."""
+
+def thoroughness(chosen: argparse.Namespace) -> tuple[int | None, int]:
+    """Candidates a problem at most, None for all, and those that the step adds: few in a preset of many problems."""
+    from ..tuning.search import STEPS
+
+    if chosen.workload or chosen.from_misses is not None:
+        return chosen.candidates, STEPS
+    preset = PRESETS[chosen.preset]
+    return chosen.candidates or preset.candidates, preset.steps
 
 
-def _dry_run(tasks: list[Task], device: Device, root: Path, chosen: argparse.Namespace) -> None:
-    from ..tuning import space
+def _dry_run(tasks: list[Task], device: Device, root: Path, chosen: argparse.Namespace, gpus: int) -> None:
+    from ..tuning import cost, space
     from ..tuning.progress import title
+    from ..tuning.screening import cores
 
-    rows = [(task, space.space(task, device)) for task in tasks]
+    limit, steps = thoroughness(chosen)
+    rows = [(task, space.space(task, device)[:limit]) for task in tasks]
+    processes = chosen.processes or max(cores() - gpus, 1)
+    seconds = None  # of a CPU nobody knows
+    if device.arch != CPU:
+        seconds = cost.seconds([len(found) for _, found in rows], steps, processes=processes, gpus=gpus)
     if chosen.json:
         found: list[dict[str, Any]] = [
             {"problem": title(task), "weight": task.weight, "candidates": [c.name for c in candidates]}
             for task, candidates in rows
         ]
-        print(json.dumps({"device": device.name, "database": str(root), "problems": found}, indent=2))
+        told = {"device": device.name, "database": str(root), "seconds": seconds, "problems": found}
+        print(json.dumps(told, indent=2))
         return
     print(f"{device}, into {root}")
     for task, candidates in rows:
         print(f"{task.weight:6.1%}  {title(task)}: {len(candidates)} candidates, default {candidates[0].name}")
+    compiling = f"{processes} compiling process{'es' * (processes > 1)}"
+    takes = f"; about {seconds / 60:.0f} min with {compiling} and {gpus} GPU{'s' * (gpus > 1)}" if seconds else ""
+    print(f"{len(rows)} problems{takes}")
 
 
 def _journal(folder: Path, name: str, chosen: argparse.Namespace) -> Path:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..config import Problem, ProblemKey
-from ..database import Database
+from ..database import FRESH, TOOLCHAIN_STALE, Database, status
 from ..device import Device, Toolchain
 from ..runtime.plan import MEASURED, Choice, plan
 from ..runtime.variants import key_of
+from .problems import Task
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,17 @@ def coverage(problems: Iterable[Problem], device: Device, toolchain: Toolchain, 
             key = key_of(problem, choice.op, *choice.branches)
             rows.setdefault(key, Covered(problem, key, choice))
     return list(rows.values())
+
+
+def missing(tasks: Iterable[Task], device: Device, toolchain: Toolchain, found: Database) -> list[Task]:
+    """What a run would tune and the database has no entry for: none of this very device, or a stale or wrong one.
+
+    More than the launches of a call: of branches that could share a pass it also measures each alone.
+    """
+
+    def is_there(key: ProblemKey) -> bool:
+        entry = found.entries(device.arch, device.name, key.op).get(key)
+        good = (FRESH, TOOLCHAIN_STALE)
+        return entry is not None and status(entry, device.arch, toolchain, found.kernels) in good
+
+    return [task for task in tasks if not is_there(task.key)]

@@ -12,14 +12,39 @@ from ..device import CPU, Device
 from ..runtime.plan import Choice, launch_order, untuned
 from ..runtime.variants import key_of, query_rows, text_for
 from ..workloads import WORKLOADS, named
+from . import grid
 
 PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}
 """Matrix products a (query, key) pair takes part in."""
 TENSORS = {"fwd": 4, "dkdv": 6, "dq": 5}
 """Tensors of kept rows that a launch reads or writes: q, k, v, out; q, k, v, dout, dk, dv; q, k, v, dout, dq."""
 
-PRESETS = {"standard": tuple(WORKLOADS), "quick": ("longnet", "core")}
-"""Workloads by preset; "quick" takes each in bf16 alone."""
+
+@dataclass(frozen=True)
+class Preset:
+    """A set of calls to tune, and how thoroughly.
+
+    Attributes:
+        workloads: By name.
+        dtypes: Of the workloads' these alone; all where none is named.
+        grid: With the calls around the workloads.
+        candidates: A task at most, the most promising.
+        steps: Candidates that the step around the best adds at most.
+    """
+
+    workloads: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
+    grid: bool = False
+    candidates: int = 12
+    steps: int = 4
+
+
+PRESETS = {
+    "standard": Preset(tuple(WORKLOADS), grid=True, candidates=7, steps=3),
+    "quick": Preset(("longnet", "core"), ("bf16",)),
+}
+MOST_ENTRIES = 400
+"""Of a preset on a device: as many fit into the ten minutes that a new GPU may take, and into a review."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +140,7 @@ def crude_us(task: Task, device: Device) -> float:
     return max(task.flops / 100, task.bytes) / bandwidth / 1e3
 
 
-def calls_of(names: Iterable[str], dtypes: tuple[str, ...] | None = None) -> list[tuple[str, Problem]]:
+def calls_of(names: Iterable[str], dtypes: tuple[str, ...] = ()) -> list[tuple[str, Problem]]:
     """Every call of the named workloads, of these dtypes alone where any are named.
 
     Raises:
@@ -128,7 +153,9 @@ def calls_of(names: Iterable[str], dtypes: tuple[str, ...] | None = None) -> lis
 
 def preset(name: str) -> list[tuple[str, Problem]]:
     """The calls of a preset."""
-    return calls_of(PRESETS[name], ("bf16",) if name == "quick" else None)
+    chosen = PRESETS[name]
+    around = [("grid", problem) for problem in grid.calls()] if chosen.grid else []
+    return [*calls_of(chosen.workloads, chosen.dtypes), *around]
 
 
 def shard(tasks: list[Task], part: tuple[int, int]) -> list[Task]:
