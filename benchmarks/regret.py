@@ -1,38 +1,37 @@
-"""`python -m benchmarks.regret`: how much time is lost on problems that nobody tuned, on a GPU, in about four minutes.
+"""`python -m benchmarks.regret`: how much time is lost on problems that nobody tuned, on a GPU, in about seven minutes.
 
 Problems are drawn with a seed: a third between those of the database (of a kind that was tuned, with rows between the
 tuned ones), a third beyond them (fewer rows, or more), a third across (of a kind that was not tuned: another head
 dimension, dtype, order or causality, or several branches in one pass). For each the plan says what would run, and the
 tuner searches everything there is, steps around the best included, and times the five fastest once more in turn with
 what would run. Regret is the time of what would run over the best time of these: 1 where nothing is lost. The database
-is read and never written.
+is read and never written. Entries whose kernel text has changed since do not count as tuned.
 
-    python -m benchmarks.regret                 # 20 problems: benchmarks/results/regret_<gpu>.json
-    python -m benchmarks.regret --count 60 --seed 7 --budget 600
+    python -m benchmarks.regret                 # 60 problems: benchmarks/results/regret_<gpu>.json
+    python -m benchmarks.regret --count 90 --seed 7 --journal regret.jsonl
 
-When the budget is spent nothing new is begun: the result tells how many of the problems were measured.
+When the budget is spent nothing new is begun: the result tells how many of the problems were measured. With --journal
+the same command goes on with those that were not.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import environment
+from benchmarks import retimed
+from benchmarks.retimed import failed, median, timed, told
 from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch.config import OPS, Problem, ProblemKey
@@ -42,7 +41,7 @@ from dilated_attention_pytorch.errors import ArgumentError
 from dilated_attention_pytorch.runtime.plan import Choice, plan
 from dilated_attention_pytorch.runtime.variants import query_rows
 from dilated_attention_pytorch.tuning import ledger, machine, problems, progress
-from dilated_attention_pytorch.tuning.journal import Journal, Measurement
+from dilated_attention_pytorch.tuning.journal import Journal
 from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.tuning.search import candidate_of
 from dilated_attention_pytorch.tuning.space import KERNEL, Candidate
@@ -50,9 +49,10 @@ from dilated_attention_pytorch.tuning.tune import Progress, Settings, tune
 from dilated_attention_pytorch.variant import Variant
 from dilated_attention_pytorch.workloads import near_square
 
-RESULTS = Path(__file__).resolve().parent / "results"
+COUNT = 60
 FASTEST = 5
 """Timed again beside what would run."""
+RACED = ("race", "step")
 MEDIAN, WORST = 1.02, 1.10
 """What the median and the worst regret should not exceed."""
 
@@ -87,10 +87,9 @@ class Drawn:
 def main() -> int:
     """Draw, measure, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20, help="problems (default 20)")
+    parser.add_argument("--count", type=int, default=COUNT, help=f"problems (default {COUNT})")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds (default 240)")
-    parser.add_argument("--output", type=Path, help="the result file; named after the GPU unless given")
+    retimed.add_options(parser, budget=540.0)
     arguments = parser.parse_args()
     device = devices.current()
     if device is None:
@@ -98,18 +97,10 @@ def main() -> int:
         return 2
     drawn = draw(arguments.count, arguments.seed, device, Toolchain.current(), database.load())
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(Path(folder) / "run.jsonl", root=None, budget_s=arguments.budget)
-        found = measure(drawn, device, settings, progress.shown())
-    document = {
-        "what": "time of what the plan runs over the best of an exhaustive search, on problems that were not tuned",
-        "command": shlex.join(["python", "-m", "benchmarks.regret", *sys.argv[1:]]),
-        "environment": environment(),
-        "database": database.load().digest(),
-        "seed": arguments.seed,
-        **found,
-    }
-    output = arguments.output or RESULTS / f"regret_{device.name}.json"
-    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        found = measure(drawn, device, retimed.settings(arguments, folder), progress.shown())
+    what = "time of what the plan runs over the best of an exhaustive search, on problems that were not tuned"
+    told_of = {"what": what, "database": database.load().digest(), "seed": arguments.seed}
+    document = retimed.write("regret", arguments, device, {**told_of, **found})
     show(document)
     return 0 if found["measured"] == found["asked"] and not any(row["failure"] for row in found["rows"]) else 1
 
@@ -131,23 +122,20 @@ def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Dat
         ArgumentError: The database has nothing for this architecture, or too little to draw so many.
     """
     chance = random.Random(seed)
-    tuned = {
-        key
-        for name in found.devices(device.arch)
-        for op in OPS
-        for key in found.entries(device.arch, name, op)
-        if key.dtype in DTYPES
-    }
+    names = found.devices(device.arch)
+    tuned = {key for name in names for key in retimed.usable(found, device, name, toolchain) if key.dtype in DTYPES}
     drawn: list[Drawn] = []
     for where, op in itertools.islice(itertools.cycle(itertools.product(WHERE, OPS)), count):
         taken = tuned | {earlier.task.key for earlier in drawn}
         for _ in range(DRAWS):
             task = _task(chance, where, op, tuned, device)
-            if task is not None and task.key not in taken:
+            if task is None or task.key in taken:
+                continue
+            choice, *others = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).of(op)
+            if not others:  # of several branches that go apart, each is drawn by itself
                 break
         else:
             raise ArgumentError(f"no {op} {where} what is tuned for {device.arch} was found; tune more, or draw fewer")
-        choice, *_ = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).of(op)
         drawn.append(Drawn(where, task, choice))
     return drawn
 
@@ -173,12 +161,13 @@ def _task(chance: random.Random, where: str, op: str, tuned: set[ProblemKey], de
     if not LEAST_ROWS <= rows <= MOST_ROWS:
         return None
     problem = _chain(chance, kind) if where == "across" and chance.random() < 0.25 else _problem(chance, kind, rows)
-    tasks = [task for task in problems.of_calls([(where, problem)], device) if task.op == op]
-    if len(tasks) != 1 or not _can_be_measured(tasks[0], device):
+    tasks = (task for task in problems.of_calls([(where, problem)], device) if task.op == op)
+    task = next((task for task in tasks if task.problem == problem), None)
+    if task is None or not _can_be_measured(task, device):
         return None
-    found = _kind(tasks[0].key)
+    found = _kind(task.key)
     fits = found not in kinds if where == "across" else found == kind
-    return tasks[0] if fits else None
+    return task if fits else None
 
 
 def _kind(key: ProblemKey) -> ProblemKey:
@@ -290,50 +279,32 @@ def measure(drawn: Sequence[Drawn], device: Device, settings: Settings, shown: P
 
 def _rows(one: Drawn, journal: Journal) -> Iterator[dict[str, Any]]:
     """What came of a launch; nothing where its search had no finals for want of time."""
-    own = [row for row in journal.measurements if row.key == one.task.key]
-    finals = {candidate_of(row): row for row in own if row.stage == "finals" and row.status == "ok"}
-    ran = Candidate.of(one.choice.config)
-    failures = [row for row in own if candidate_of(row) == ran and row.status not in ("ok", "screened")]
-    if not finals and not failures:
+    key, ran = one.task.key, Candidate.of(one.choice.config)
+    finals = {candidate: row for candidate, row in timed(journal, key).items() if row.stage == "finals"}
+    failure = failed(journal, key, [ran])
+    if not finals and not failure:
         return
-    best = min(finals.values(), key=_median, default=None)
-    [untuned] = [row.default or {} for row in journal.problems if row.key == one.task.key]
+    best = min(finals.values(), key=median, default=None)
+    [untuned] = [row.default or {} for row in journal.problems if row.key == key]
     default = Candidate(KERNEL, tuple(untuned.items()))
-    regret = _median(finals[ran]) / _median(best) if best is not None and ran in finals else None
     yield {
-        "launch": ledger.title(one.task.key),
+        "launch": ledger.title(key),
         "where": one.where,
         "problem": asdict(one.task.problem),
         "op": one.task.op,
         "rung": one.choice.rung,
         "why": one.choice.why,
         "text": one.choice.variant.name,
-        "dispatched": _told(finals.get(ran), ran),
-        "best": None if best is None else _told(best, candidate_of(best)),
-        "untuned": _told(finals.get(default), default),
-        "regret": regret,
-        "finals": [_told(row, candidate) for candidate, row in finals.items()],
-        "raced": sum(row.stage in ("race", "step") and row.status == "ok" for row in own),
-        "failure": f"{failures[0].stage}: {failures[0].status}, {failures[0].message}" if failures else "",
+        "dispatched": told(finals.get(ran), ran),
+        "best": None if best is None else told(best, candidate_of(best)),
+        "untuned": told(finals.get(default), default),
+        "regret": median(finals[ran]) / median(best) if best is not None and ran in finals else None,
+        "finals": [told(row, candidate) for candidate, row in finals.items()],
+        "raced": sum(
+            row.key == key and row.stage in ("race", "step") and row.status == "ok" for row in journal.measurements
+        ),
+        "failure": failure,
     }
-
-
-def _told(row: Measurement | None, candidate: Candidate) -> dict[str, Any]:
-    """A candidate and its time in the finals, if it has one."""
-    if row is None:
-        return {"config": candidate.name, "us": None}
-    return {
-        "config": candidate.name,
-        "us": round(_median(row), 3),
-        "low": round(row.low_us or 0.0, 3),
-        "high": round(row.high_us or 0.0, 3),
-        "noisy": bool(row.flag),
-    }
-
-
-def _median(row: Measurement) -> float:
-    assert row.median_us is not None, "it was timed"
-    return row.median_us
 
 
 def show(document: dict[str, Any]) -> None:
@@ -343,11 +314,11 @@ def show(document: dict[str, Any]) -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for column, justify in (("best", "left"), ("us", "right"), ("untuned us", "right"), ("regret", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in sorted(document["rows"], key=lambda row: -(row["regret"] or math.inf)):
+    for row in retimed.slowest_first(document["rows"], "regret"):
         best = row["best"] or {"config": "-", "us": None}
         regret = row["failure"] or "-" if row["regret"] is None else f"{row['regret']:.3f}"
         ran = row["dispatched"]
-        times = [_us(one) for one in (ran, best, row["untuned"])]
+        times = [retimed.us(one) for one in (ran, best, row["untuned"])]
         table.add_row(
             row["launch"], row["where"], row["rung"], ran["config"], times[0], best["config"], *times[1:], regret
         )
@@ -356,10 +327,6 @@ def show(document: dict[str, Any]) -> None:
     if document["median"] is not None:
         found = f"median {document['median']:.3f} (at most {MEDIAN}), worst {document['worst']:.3f} (at most {WORST})"
         console.print(f"regret: {found}")
-
-
-def _us(told: dict[str, Any]) -> str:
-    return "-" if told["us"] is None else f"{told['us']:.1f}"
 
 
 if __name__ == "__main__":

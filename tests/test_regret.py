@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,15 @@ from benchmarks.regret import FASTEST, WHERE, Drawn
 from dilated_attention_pytorch import database
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError
 from dilated_attention_pytorch.runtime.plan import plan
-from dilated_attention_pytorch.tuning import space, worker
+from dilated_attention_pytorch.tuning import problems, space, worker
 from dilated_attention_pytorch.tuning.measure import Answer, Checked, CheckJob, Job
 from dilated_attention_pytorch.tuning.tune import Progress, Settings
 
+from .measurements import database_at, entry
 from .tuning import standin
 from .tuning.standin import DEVICE, candidates, microseconds, tasks
 
@@ -28,19 +31,28 @@ H100 = devices.simulated("h100")
 TOOLCHAIN = Toolchain("3.6.0")
 
 
-def test_problems_are_new_and_where_they_say() -> None:
-    """Regret of 1.0 on what was tuned itself, or "across" that the nearest entry serves."""
-    found = database.load()
-    drawn = regret.draw(24, 5, H100, TOOLCHAIN, found)
-    assert drawn == regret.draw(24, 5, H100, TOOLCHAIN, found) != regret.draw(24, 6, H100, TOOLCHAIN, found)
-    assert len({one.task.key for one in drawn}) == 24
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """What the standard preset would measure, as if it had just been: whatever is committed, and however old."""
+    every = problems.of_calls(problems.preset("standard"), H100)
+    made_up = [replace(entry(task.op), key=task.key) for task in every]
+    return database_at(tmp_path_factory.mktemp("tuned") / "db", {"h100": made_up})
+
+
+def test_problems_are_new_and_where_they_say(tuned: Database) -> None:
+    """Regret of 1.0 on what was tuned itself, or "across" that the nearest entry serves; fewer than 60 by default."""
+    drawn = regret.draw(regret.COUNT, 5, H100, TOOLCHAIN, tuned)
+    assert drawn[:9] == regret.draw(9, 5, H100, TOOLCHAIN, tuned) != regret.draw(9, 6, H100, TOOLCHAIN, tuned)
+    assert len({one.task.key for one in drawn}) == regret.COUNT >= 60
     assert {(one.where, one.task.op) for one in drawn} == {(where, op) for where in WHERE for op in OPS}
+    assert min(Counter(one.where for one in drawn).values()) >= 18
+    assert {one.choice.rung for one in drawn if one.where == "between"} >= {"nearest"}
     for one in drawn:
         key = one.task.key
-        tuned = found.entries(H100.arch, H100.name, key.op)
-        alike = [near.branches[0][0] for near in tuned if regret._kind(near) == regret._kind(key)]
+        known = tuned.entries(H100.arch, H100.name, key.op)
+        alike = [near.branches[0][0] for near in known if regret._kind(near) == regret._kind(key)]
         rows = key.branches[0][0]
-        assert key not in tuned and one.choice.op == key.op
+        assert key not in known and one.choice.op == key.op
         places = {"across": not alike, "between": bool(alike) and min(alike) <= rows <= max(alike)}
         assert places.get(one.where, bool(alike) and not min(alike) <= rows <= max(alike)), (one.where, key, alike)
 
@@ -49,6 +61,14 @@ def test_nothing_tuned_is_told() -> None:
     """An endless draw between problems that do not exist."""
     with pytest.raises(ArgumentError, match=r"no fwd between what is tuned for sm_89"):
         regret.draw(3, 0, devices.simulated("l4"), TOOLCHAIN, database.load())
+
+
+def test_what_no_longer_holds_is_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regret of the untuned defaults, told as that of the nearest rule, after a template has changed."""
+    monkeypatch.setattr(regret, "DRAWS", 10)
+    stale = [entry(op, kernel="abcdefabcdef", grid=grid) for op in OPS for grid in (64, 256)]
+    with pytest.raises(ArgumentError, match="tune more, or draw fewer"):
+        regret.draw(3, 0, H100, TOOLCHAIN, database_at(tmp_path / "db", {"h100": stale}))
 
 
 @pytest.fixture
