@@ -10,15 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import dilated_attention_pytorch as dap
 from codegen.render import render
 from dilated_attention_pytorch import database, generated
-from dilated_attention_pytorch.config import LaunchConfig, Problem
+from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem, ProblemKey
 from dilated_attention_pytorch.device import INTERPRETER, Toolchain, simulated
 from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime import variants
 from dilated_attention_pytorch.runtime.variants import chain, text_for
+from dilated_attention_pytorch.tuning.measure import Bench, CheckJob
+from dilated_attention_pytorch.tuning.problems import Task
+from dilated_attention_pytorch.tuning.routes import ROUTES
+from dilated_attention_pytorch.tuning.space import Candidate
 from dilated_attention_pytorch.variant import Variant
 
 from ..cases import Case, make_inputs, oracle
@@ -153,6 +158,21 @@ def test_operations_need_not_agree_about_a_pass(tmp_path: Path, monkeypatch: pyt
         ]
         found = run_kernels(case, inputs)
     check_results(found, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_text")
+@pytest.mark.parametrize("op", OPS)
+def test_the_tuner_runs_branches_apart(op: str) -> None:
+    """A time beside a pass of launches that leave a branch out, or write over what the one before them wrote."""
+    problem = Problem("fp32", 1, 64, 1, 1, 16, SMALL.levels)
+    task = Task(ProblemKey.of(problem, op, 0, 1), problem, op, False, "test")
+    config = LaunchConfig(32, 32, num_warps=4, num_stages=1)
+    bench = Bench(torch.device("cpu"), INTERPRETER, ROUTES)
+    both = Candidate.apart((op, (branch,), config) for branch in (0, 1))
+    assert not bench(CheckJob(task, both)).wrong
+    half = Candidate.apart([(op, (1,), config)])
+    assert bench(CheckJob(task, half)).wrong
 
 
 @pytest.mark.interpreter

@@ -24,6 +24,8 @@ from dilated_attention_pytorch.tuning.tune import Progress, Settings, tune
 
 DEVICE = INTERPRETER
 PROBLEM = Problem("fp32", batch=1, length=150, heads=2, kv_heads=2, head_dim=16, branches=((96, 2),))
+NESTED = Problem("fp16", batch=1, length=2048, heads=2, kv_heads=2, head_dim=16, branches=((1024, 1), (2048, 2)))
+"""Branches that a rendered text computes in one pass; too much for a test to compute."""
 
 
 def tasks(*problems: Problem) -> list[Task]:
@@ -119,7 +121,7 @@ def settings(folder: Path, faults: Mapping[str, str] = {}, **changes: object) ->
         "gpus": ("cpu",),
         "limit": 6,
         "processes": 1,
-        "routes": {"kernel": partial(right, faults=dict(faults)), "torch": right, "cudnn": right},
+        "routes": {"kernel": partial(right, faults=dict(faults)), "apart": right, "torch": right, "cudnn": right},
         "compiler": None,
     }
     return Settings(**(given | changes))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ ROWS: tuple[Row, ...] = (
     Measurement(KEY, CONFIG, "kernel", "s512_d2", "race", "ok", 10.5, 10.0, 11.0, Resources(1, 2, 3), 1e-4, 5e-4),
     Measurement(KEY, {}, "cudnn", None, "check", "illegal_access", message="Xid 31\nof the GPU"),
     Pick(KEY, CONFIG, "kernel", "tie: default", 10.5, 10.0, 11.0, 10.6, None, 40),
+    Pick(replace(KEY, head_dim=128), CONFIG, "kernel", "fastest", 10.5, 10.0, 11.0, None, 11.2, 40, apart_us=9.5),
     End(12.5, finished=False),
 )
 

@@ -15,6 +15,7 @@ import pytest
 
 from dilated_attention_pytorch import cli
 from dilated_attention_pytorch import device as devices
+from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.tuning.journal import (
     STATUSES,
     End,
@@ -28,6 +29,7 @@ from dilated_attention_pytorch.tuning.journal import (
 from dilated_attention_pytorch.tuning.report import as_dict, page, plain, show, summarise
 from dilated_attention_pytorch.tuning.report.facts import OP_WORDS, count, duration, micros, percent, shortened, times
 from dilated_attention_pytorch.tuning.report.peaks import PEAKS, Roof
+from dilated_attention_pytorch.tuning.space import Candidate
 
 from .made_up import DEFAULT, LAUNCHES, RUN, keys, rows, write
 
@@ -149,6 +151,20 @@ def test_near_ties_are_within_two_percent_of_the_pick() -> None:
     failed = timed(None, LAUNCHES[7], status="runtime")
     race = summarise(of(problem(), timed(100.0, LAUNCHES[0]), *candidates, failed, pick(100.0, None))).races[0]
     assert sorted(row.median_us or 0 for row in race.near) == [99.0, 101.0, 102.0]
+
+
+def test_launches_apart_are_no_tie_and_are_told() -> None:
+    """What calls make in place of the pick is not in the report, or is in it as a configuration as good as the pick."""
+    beside = Candidate.apart([("dq", (place,), LaunchConfig(64, 32)) for place in (0, 1)])
+    rows = timed(100.0, LAUNCHES[0]), timed(99.0, dict(beside.choices), route="apart")
+    report = summarise(of(RUN, problem(), *rows, pick(100.0, 200.0, apart_us=99.0)))
+    assert report.races[0].near == ()
+    told = "apart 99.00 µs: calls make those"
+    assert told in plain(report) and told in page(report)
+    assert "apart dq 0=64x32_w4_s2, dq 1=64x32_w4_s2" in page(report)
+    assert as_dict(report)["problems"][0]["pick"]["apart_us"] == 99.0
+    slower = summarise(of(RUN, problem(), pick(100.0, 200.0, apart_us=101.0)))
+    assert "apart 101.0 µs" in plain(slower) and "calls make" not in plain(slower)
 
 
 def test_a_candidates_last_stage_counts() -> None:

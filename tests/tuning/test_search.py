@@ -121,6 +121,23 @@ def test_a_rival_never_wins() -> None:
     assert {row.route for row in verdict.finals} == {"kernel"}
 
 
+APART = Candidate.apart([("fwd", (place,), LaunchConfig(32, 32)) for place in (0, 1)])
+
+
+def test_what_a_joint_launch_stands_in_for_is_timed_in_turn_with_it() -> None:
+    """Times of two moments, of which the busier one loses; or an entry whose configuration is several launches'."""
+    bench = Bench({OTHERS[0]: 100.0, APART: 90.0})
+    verdict = bench.run(EVERY, apart=APART)
+    assert verdict is not None and verdict.apart is not None
+    assert (candidate_of(verdict.winner), candidate_of(verdict.apart)) == (OTHERS[0], APART)
+    assert APART not in map(candidate_of, verdict.finals) and APART not in bench.of("race")
+    [finals] = [request for request in bench.asked if request.stage == "finals"]
+    assert {*finals.candidates} == {OTHERS[0], DEFAULT, APART}
+    wrong = Bench({APART: 90.0}, {("check", APART): "correctness"})
+    verdict = wrong.run(EVERY, apart=APART)
+    assert verdict is not None and verdict.apart is None and APART not in wrong.of("finals")
+
+
 def test_a_rival_is_timed_only_if_it_is_right() -> None:
     """A rival that computes something else: ours looks slow beside it."""
     bench = Bench({}, {("check", Candidate("cudnn")): "correctness"})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from dilated_attention_pytorch import device, heuristics
-from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.config import OPS, LaunchConfig
 from dilated_attention_pytorch.tuning import problems, space
 from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.workloads import WORKLOADS
@@ -33,15 +34,53 @@ def test_every_launch_of_every_workload_is_a_task_once() -> None:
 
 def test_the_weightiest_come_first_and_weights_are_shares() -> None:
     """A run that is stopped early has tuned what hardly matters."""
-    weights = [task.weight for task in EVERY]
+    assert sum(task.weight for task in EVERY) == pytest.approx(1.0)
+    needed = {key for task in EVERY for key in problems.parts(task)}
+    weights = [task.weight for task in EVERY if task.key not in needed]
     assert weights == sorted(weights, reverse=True)
-    assert sum(weights) == pytest.approx(1.0)
+
+
+def test_what_a_joint_launch_stands_in_for_is_tuned_before_it() -> None:
+    """A pass that is compared with branches at their defaults would win by what nobody has tuned yet."""
+    places = {task.key: place for place, task in enumerate(EVERY)}
+    joint = [task for task in EVERY if task.key.is_joint]
+    assert {task.op for task in joint} >= {"fwd", "dkdv", "dq"}
+    for task in joint:
+        keys = problems.parts(task)
+        assert [key.branches for key in keys] == [(pair,) for pair in task.key.branches]
+        assert all(places[key] < places[task.key] for key in keys), title(task)
+    alone = {task.key: task for task in problems.of_calls([("one", joint[0].problem)], H100)}
+    assert [(alone[key].weight, alone[key].merge) for key in problems.parts(joint[0])] == [
+        (0.0, place > 0) for place in range(len(joint[0].key.branches))
+    ]
 
 
 def test_hosts_share_all_tasks() -> None:
     """A problem that no host tunes, or two do."""
     shared = [task for host in range(3) for task in problems.shard(EVERY, (host, 3))]
     assert sorted(map(title, shared)) == sorted(map(title, EVERY))
+
+
+def test_launches_apart_are_read_back_from_a_journal() -> None:
+    """A field of a configuration that is lost on the way to the measuring process, which then times other tiles."""
+    configs = LaunchConfig(64, 32, num_warps=8, maxnreg=168), LaunchConfig(32, 32, loads="descriptor")
+    launches = [("dkdv", (0, 1), configs[0]), ("dq", (2,), configs[1])]
+    candidate = space.Candidate.apart(launches)
+    again = space.Candidate(space.APART, tuple(json.loads(json.dumps(dict(candidate.choices))).items()))
+    assert again == candidate and again.launches == launches
+    assert candidate.name == f"apart dkdv 0+1={configs[0].name}, dq 2={configs[1].name}"
+
+
+def test_a_joint_launch_and_its_parts_are_one_hosts() -> None:
+    """A host that compares a pass with branches which another one is tuning at that time."""
+    together = 0
+    for host in range(3):
+        own = problems.shard(EVERY, (host, 3))
+        keys = {task.key for task in own}
+        joint = [task for task in own if task.key.is_joint]
+        together += sum(keys >= {*problems.parts(task)} for task in joint)
+        assert len(own) > len(EVERY) / 4
+    assert together == sum(task.key.is_joint for task in EVERY)
 
 
 @pytest.mark.parametrize("name", ["h100", "a100", "l4", "t4", "mi300x"])

@@ -15,6 +15,7 @@ import pytest
 
 from dilated_attention_pytorch.tuning import progress, summary
 from dilated_attention_pytorch.tuning.journal import End, Journal, Measurement, Pick, Row
+from dilated_attention_pytorch.tuning.ledger import title
 from dilated_attention_pytorch.tuning.problems import Task
 
 from .standin import tasks
@@ -58,6 +59,18 @@ def test_half_a_backward_is_not_judged() -> None:
     """A run that ended before dQ was tuned: dK and dV alone beside all of cuDNN's."""
     dkdv = TASKS["dkdv"]
     assert told(Journal(measurements=[final(dkdv, "cudnn", 150.0)], picks=[pick(dkdv, 100.0)]))["rivals"] == []
+
+
+def test_what_calls_make_in_place_of_a_joint_launch_is_told() -> None:
+    """A pass that was tuned and that no call makes, without a word; or launches of ours taken for an external route."""
+    fwd, dq = (replace(TASKS[op], key=replace(TASKS[op].key, branches=((48, 1), (48, 2)))) for op in ("fwd", "dq"))
+    picks = [replace(pick(fwd, 100.0), apart_us=90.0), replace(pick(dq, 100.0), apart_us=120.0)]
+    journal = Journal(measurements=[final(fwd, "apart", 90.0)], picks=picks)
+    found = summary.values(journal, [fwd, dq], Path("run.jsonl"), None)
+    assert found["rivals"] == [] and [row["apart_us"] for row in found["joint"]] == [90.0, 120.0]
+    named = title(fwd.key)
+    assert f"2 timed beside what they stand in for, 1 of them slower: {named}; calls make those" in summary.text(found)
+    assert "100.0 us (fastest, apart 90.0 us)" in progress.outcome(fwd, picks[0])
 
 
 def test_a_rival_that_failed_is_no_candidate_that_failed() -> None:

@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 
 from dilated_attention_pytorch import database
+from dilated_attention_pytorch.config import OPS, LaunchConfig
 from dilated_attention_pytorch.device import Device
 from dilated_attention_pytorch.errors import DatabaseError
-from dilated_attention_pytorch.tuning import journal, space, worker
+from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.tuning import journal, problems, space, worker
 from dilated_attention_pytorch.tuning.journal import Journal
 from dilated_attention_pytorch.tuning.problems import Task
+from dilated_attention_pytorch.tuning.search import candidate_of
 from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings
 
+from ..measurements import entry
 from . import standin
 from .standin import FAULTS, candidates, settings, tasks
 
@@ -98,7 +102,7 @@ def measured(found: Journal) -> Counter[tuple[object, ...]]:
 
 def test_a_run_that_is_killed_goes_on(quick: Settings) -> None:
     """kill -9 at ten random moments: a row is lost or measured again, or the picks differ from an undisturbed run's."""
-    what = tasks(*(replace(standin.PROBLEM, head_dim=dim) for dim in (8, 16, 24, 32)))
+    what = tasks(standin.NESTED, *(replace(standin.PROBLEM, head_dim=dim) for dim in (8, 16)))
     undisturbed = standin.run(what, replace(quick, journal=quick.journal.with_name("other.jsonl"), root=None))
     chance = random.Random(7)
     before: Counter[tuple[object, ...]] = Counter()
@@ -119,6 +123,45 @@ def test_a_run_that_is_killed_goes_on(quick: Settings) -> None:
     assert quick.root is not None
     saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
     assert {entry.key for entry in saved} == {task.key for task in what}
+
+
+def test_calls_follow_what_was_measured_of_a_pass(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that is measured and not recorded, or recorded and not followed, or compared with other tiles."""
+
+    def microseconds(name: str) -> float:
+        return 50.0 if name.startswith("apart fwd") else 900.0 if name.startswith("apart") else 100.0
+
+    monkeypatch.setattr(standin, "microseconds", microseconds)
+    what = tasks(standin.NESTED)
+    found = standin.run(what, quick)
+    picks = {pick.key: pick for pick in found.picks}
+    finals = [row for row in found.measurements if (row.route, row.stage) == ("apart", "finals")]
+    assert sorted(row.key.op for row in finals) == sorted(OPS)
+    for row in finals:
+        parts = [key for task in what if task.key == row.key for key in problems.parts(task)]
+        before = list(picks)[: list(picks).index(row.key)]
+        assert {*parts} <= {*before}
+        assert [config.to_dict() for *_, config in candidate_of(row).launches] == [picks[key].config for key in parts]
+        assert picks[row.key].apart_us == microseconds(candidate_of(row).name)
+    assert quick.root is not None
+    planned = plan(standin.NESTED, standin.DEVICE, "triton", committed=database.Database(quick.root))
+    assert [choice.branches for choice in planned.launches] == [(0,), (1,), (0, 1), (0, 1)]
+    assert {choice.rung for choice in (*planned.launches, *planned.beaten)} == {"exact"}
+    asked = Path(quick.gpus[0])
+    told = asked.read_text()
+    standin.run(what, quick)
+    assert asked.read_text() == told, "a run that goes on measured again"
+
+
+def test_parts_that_are_not_tuned_are_as_the_database_has_them(quick: Settings) -> None:
+    """A pass that is compared with untuned branches, although somebody tuned them."""
+    assert quick.root is not None
+    tuned = LaunchConfig(16, 32, num_stages=1)
+    database.save(standin.DEVICE, [entry("fwd", standin.NESTED, branch=1, config=tuned)], quick.root)
+    joint = [task for task in tasks(standin.NESTED) if task.key.is_joint and task.op == "fwd"]
+    found = standin.run(joint, quick)
+    [row] = [row for row in found.measurements if (row.route, row.stage) == ("apart", "finals")]
+    assert [config == tuned for *_, config in candidate_of(row).launches] == [False, True]
 
 
 def test_two_tuners_at_once_lose_nothing(quick: Settings, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
         key=pick.key,
         config=LaunchConfig(**pick.config) if pick.route == KERNEL else CallConfig(**pick.config),  # type: ignore[arg-type]
         resources=finals.resources,
-        time_us=Times(pick.median_us, pick.low_us, pick.high_us, pick.default_us, pick.second_us),
+        time_us=Times(pick.median_us, pick.low_us, pick.high_us, pick.default_us, pick.second_us, pick.apart_us),
         check=Check(worst.error, worst.tolerance),
         provenance=Provenance(
             kernel=_hash_of(finals.variant),

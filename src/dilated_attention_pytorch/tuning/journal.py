@@ -97,8 +97,8 @@ class Measurement:
     Attributes:
         key: The problem.
         config: The candidate's choices.
-        route: "kernel", "torch", "cudnn", …
-        variant: Name of the text that ran; None for an external route.
+        route: "kernel", "apart", "torch", "cudnn", …
+        variant: Name of the text that ran; None for several, and for an external route.
         stage: "screen", "check", "race", "step" or "finals".
         status: "ok", or the kind of failure; "screened" was compiled and left out.
         median_us: Microseconds of a launch, and the interval that holds the median.
@@ -143,6 +143,8 @@ class Pick:
         default_us: The untuned default's median; None where it did not run.
         second_us: The runner-up's; None where there was none.
         candidates: Candidates that were timed.
+        apart_us: Of the launches that a joint one stands in for, timed in turn with it; None where there are none, or
+            they failed, or their times spread too wide.
     """
 
     key: ProblemKey
@@ -155,6 +157,12 @@ class Pick:
     default_us: float | None
     second_us: float | None
     candidates: int
+    apart_us: float | None = None
+
+    @property
+    def is_beaten(self) -> bool:
+        """The launches that it stands in for are faster: calls make them in its place."""
+        return self.apart_us is not None and self.median_us > self.apart_us
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .. import generated, heuristics
@@ -10,7 +11,7 @@ from ..call_config import OPS as CALL_OPS
 from ..config import DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
 from ..device import CPU, Device
 from ..runtime.plan import Choice, launch_order, untuned
-from ..runtime.variants import key_of, query_rows, text_for
+from ..runtime.variants import key_of, query_rows, stood_in_for, text_for
 from ..workloads import WORKLOADS, named
 from . import grid
 
@@ -57,7 +58,7 @@ class Task:
         op: "fwd", "dkdv" or "dq".
         merge: It merges into what an earlier branch wrote, as it does in the call that it comes from.
         workload: Where it comes from.
-        weight: Its share of the run's work, 0..1.
+        weight: Its share of the run's work, 0..1; nothing where it is tuned as a part of a joint launch alone.
     """
 
     key: ProblemKey
@@ -96,9 +97,28 @@ class Task:
         return self.problem.length * of_segment // self.problem.segment(0)
 
 
-def launched(problem: Problem, op: str, config: LaunchConfig, texts: frozenset[str], *, merge: bool = False) -> Choice:
-    """The launch of all branches of a task with a configuration, whether or not it fits the device."""
-    first, *wider = branches = tuple(range(len(problem.branches)))
+def parts(task: Task) -> list[ProblemKey]:
+    """What the launches are measured under that a joint one stands in for; none of another."""
+    problem = task.problem
+    return [key_of(problem, op, *branches) for op, branches in stood_in_for(task.op, every_branch(problem))]
+
+
+def every_branch(problem: Problem) -> tuple[int, ...]:
+    """The branches that the launch of a task computes."""
+    return tuple(range(len(problem.branches)))
+
+
+def launched(
+    problem: Problem,
+    op: str,
+    config: LaunchConfig,
+    texts: frozenset[str],
+    *,
+    branches: tuple[int, ...] = (),
+    merge: bool = False,
+) -> Choice:
+    """The launch of some branches, or of all, with a configuration, whether or not it fits the device."""
+    first, *wider = branches = branches or every_branch(problem)
     variant = text_for(problem, branches, op, config, texts)
     assert variant is not None, "the plan of the task found a text"
     return Choice(op, first, variant, config, "config", "tuning", (), tuple(wider), merge)
@@ -107,7 +127,7 @@ def launched(problem: Problem, op: str, config: LaunchConfig, texts: frozenset[s
 def default_config(task: Task, device: Device) -> LaunchConfig:
     """The untuned configuration that the ladder would come to, the floor included."""
     problem = task.problem
-    found = untuned(problem, tuple(range(len(problem.branches))), task.op, device.arch)
+    found = untuned(problem, every_branch(problem), task.op, device.arch)
     for config in (*found, *heuristics.FLOOR):
         need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, config, device.arch)
         if need <= device.shared_bytes:
@@ -116,22 +136,48 @@ def default_config(task: Task, device: Device) -> LaunchConfig:
 
 
 def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]:
-    """The launches of (workload, call) pairs, one a key, by weight."""
+    """The launches of (workload, call) pairs, one a key, by weight; what a joint one stands in for comes before it."""
     tasks: dict[ProblemKey, Task] = {}
     work: dict[ProblemKey, float] = {}
     on_cpu = device.arch == CPU
     for workload, problem in calls:
-        for place, branches in enumerate(launch_order(problem, frozenset() if on_cpu else generated.names())):
-            alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
-            for op in CALL_OPS if on_cpu else OPS:
-                key = key_of(alone, op, *range(len(branches)))
-                task = Task(key, alone, op, place > 0, workload)
+        order = launch_order(problem, frozenset() if on_cpu else generated.names())
+        for op, (place, branches) in itertools.product(CALL_OPS if on_cpu else OPS, enumerate(order)):
+            for part_op, part, merge in _with_parts(op, branches, place > 0):
+                alone = replace(problem, branches=tuple(problem.branches[branch] for branch in part))
+                key = key_of(alone, part_op, *every_branch(alone))
+                task = Task(key, alone, part_op, merge, workload)
                 if key not in tasks or task.flops > tasks[key].flops:
                     tasks[key] = task  # of several calls with one key the largest is measured
-                work[key] = work.get(key, 0.0) + crude_us(task, device)
+                is_launched = (part_op, part) == (op, branches)
+                work[key] = work.get(key, 0.0) + (crude_us(task, device) if is_launched else 0.0)
     total = sum(work.values())
     weighed = [replace(task, weight=work[key] / total) for key, task in tasks.items()]
-    return sorted(weighed, key=lambda task: -task.weight)
+    return _parts_first(sorted(weighed, key=lambda task: -task.weight))
+
+
+def _with_parts(op: str, branches: tuple[int, ...], merge: bool) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """A launch, and those that it stands in for: operation, branches, and whether it merges."""
+    yield op, branches, merge
+    begun: set[str] = set()
+    for part_op, part in stood_in_for(op, branches):
+        yield from _with_parts(part_op, part, merge or part_op in begun)
+        begun.add(part_op)
+
+
+def _parts_first(tasks: list[Task]) -> list[Task]:
+    by_key = {task.key: task for task in tasks}
+    ordered: dict[ProblemKey, Task] = {}
+
+    def place(task: Task) -> None:
+        for key in parts(task):
+            if key in by_key:
+                place(by_key[key])
+        ordered.setdefault(task.key, task)
+
+    for task in tasks:
+        place(task)
+    return list(ordered.values())
 
 
 def crude_us(task: Task, device: Device) -> float:
@@ -159,6 +205,16 @@ def preset(name: str) -> list[tuple[str, Problem]]:
 
 
 def shard(tasks: list[Task], part: tuple[int, int]) -> list[Task]:
-    """The i-th of n hosts' tasks: every n-th, so that each gets heavy and light ones."""
+    """The i-th of n hosts' tasks: every n-th, so that each gets heavy and light ones; a joint one and its parts as one.
+
+    Args:
+        tasks: As `of_calls` has them, parts first.
+        part: i and n.
+    """
     index, count = part
-    return tasks[index::count]
+    heads: dict[ProblemKey, ProblemKey] = {}
+    for task in tasks:
+        family = [*parts(task), task.key]
+        heads.update(dict.fromkeys(family, heads.get(family[0], task.key)))
+    turns = {head: turn for turn, head in enumerate(dict.fromkeys(heads[task.key] for task in tasks))}
+    return [task for task in tasks if turns[heads[task.key]] % count == index]

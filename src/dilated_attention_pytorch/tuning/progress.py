@@ -39,7 +39,8 @@ def outcome(task: Task, pick: Pick | None) -> str:
     if pick is None:
         return f"{title(task)}: no candidate works; the journal has the reasons"
     gain = f", default {pick.default_us:.1f} us" if pick.default_us else ""
-    return f"{title(task)}: {candidate_of(pick).name} {pick.median_us:.1f} us ({pick.why}{gain})"
+    apart = f", apart {pick.apart_us:.1f} us" if pick.apart_us else ""
+    return f"{title(task)}: {candidate_of(pick).name} {pick.median_us:.1f} us ({pick.why}{gain}{apart})"
 
 
 class Lines(Progress):

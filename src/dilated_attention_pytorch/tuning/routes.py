@@ -19,9 +19,9 @@ from ..runtime import torch_backend
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.launch import branch_values, prepared, run_kernel, shared_values
-from ..runtime.plan import CallChoice, Plan
+from ..runtime.plan import CallChoice, Choice, Plan
 from .problems import launched
-from .space import CUDNN, KERNEL, TORCH, Candidate
+from .space import APART, CUDNN, KERNEL, TORCH, Candidate
 
 Outputs = dict[str, Tensor]
 
@@ -87,7 +87,20 @@ Route = Callable[[Scene, Candidate], Launcher]
 
 def kernel(scene: Scene, candidate: Candidate) -> Launcher:
     """One of our kernels."""
-    choice = launched(scene.problem, scene.op, candidate.config, generated.names(), merge=scene.merge)
+    return _ours(scene, [launched(scene.problem, scene.op, candidate.config, generated.names(), merge=scene.merge)])
+
+
+def apart(scene: Scene, candidate: Candidate) -> Launcher:
+    """Several of our kernels in the place of one, each merging into what those of its operation wrote before it."""
+    choices: list[Choice] = []
+    for op, branches, config in candidate.launches:
+        merge = scene.merge or any(choice.op == op for choice in choices)
+        choices.append(launched(scene.problem, op, config, generated.names(), branches=branches, merge=merge))
+    return _ours(scene, choices)
+
+
+def _ours(scene: Scene, choices: Sequence[Choice]) -> Launcher:
+    """Launches in a row."""
     strided = {"q": scene.q, "k": scene.k, "v": scene.v}
     if scene.op != "fwd":
         strided["dout"] = scene.dout
@@ -98,11 +111,14 @@ def kernel(scene: Scene, candidate: Candidate) -> Launcher:
 
     def launcher(outputs: Outputs) -> Launch:
         given = {**shared, **{f"p_{name}": tensor for name, tensor in outputs.items()}}
-        values = branch_values(scene.problem, choice, scene.offsets, given)
-        ready = prepared(choice, values)
+        ready = [
+            (prepared(choice, branch_values(scene.problem, choice, scene.offsets, given)), choice.config)
+            for choice in choices
+        ]
 
         def launch() -> None:
-            run_kernel(ready, choice.config)
+            for kernel, config in ready:
+                run_kernel(kernel, config)
 
         return launch
 
@@ -193,4 +209,4 @@ def _rows(scene: Scene, x: Tensor, offset: int) -> Tensor:
     return cut[:, :, offset::rate].flatten(0, 1).transpose(1, 2)
 
 
-ROUTES: Mapping[str, Route] = {KERNEL: kernel, TORCH: torch_route, CUDNN: cudnn}
+ROUTES: Mapping[str, Route] = {KERNEL: kernel, APART: apart, TORCH: torch_route, CUDNN: cudnn}

@@ -4,7 +4,7 @@
 2. check, race: one candidate after the other, the untuned default and the incumbent first; one that is far behind the
    best so far is dropped after a few launches.
 3. step: what lies one step around the best three, the same way.
-4. finals: the best few, the default and the incumbent timed in turn.
+4. finals: the best few, the default, the incumbent, and what a joint launch stands in for, timed in turn.
 5. `decide`; the winner is checked on ragged sizes too, and makes way for the next if it is wrong there.
 """
 
@@ -53,12 +53,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner's row of the finals and why it is the winner; the rows that it was chosen from, and how many raced."""
+    """What the finals came to.
+
+    Attributes:
+        winner: Its row.
+        why: It is the winner.
+        finals: The rows that it was chosen from.
+        raced: How many raced.
+        apart: The row of the launches that it stands in for; None where there are none, or they failed.
+    """
 
     winner: Measurement
     why: str
     finals: tuple[Measurement, ...]
     raced: int
+    apart: Measurement | None = None
 
 
 Search = Generator[Request, list[Measurement], "Verdict | None"]
@@ -68,6 +77,7 @@ def search(
     candidates: Sequence[Candidate],
     incumbent: Candidate | None = None,
     *,
+    apart: Candidate | None = None,
     rivals: Sequence[Candidate] = (),
     finalists: int = FINALISTS,
     steps: int = STEPS,
@@ -79,6 +89,7 @@ def search(
     Args:
         candidates: The untuned default first, then by promise.
         incumbent: What the database has.
+        apart: The launches that a joint one stands in for: checked, timed in the finals, and never the winner.
         rivals: External routes: checked, timed after the finals, and never the winner.
         finalists: Of those that raced, the default and the incumbent apart.
         steps: Candidates that the step adds at most.
@@ -101,12 +112,14 @@ def search(
         new = [candidate for candidate in dict.fromkeys(around) if candidate not in wanted]
         if new:
             yield from racing.race((yield from _screened(new[:steps], [])), "step", hurry)
-    finals = yield from _finals(racing, chosen, finalists)
+    rows = yield from _finals(racing, chosen, finalists, apart)
+    finals = [row for row in rows if candidate_of(row) != apart]
     while finals:
         winner, why = decide(finals, default, incumbent)
         if (yield from _right_on_tails(candidate_of(winner))):
             yield from _timed_rivals(rivals)
-            return Verdict(winner, why, tuple(finals), len(racing.rows))
+            beside = next((row for row in rows if candidate_of(row) == apart), None)
+            return Verdict(winner, why, tuple(finals), len(racing.rows), beside)
         finals.remove(winner)
     return None
 
@@ -157,15 +170,18 @@ class _Racing:
 
 
 def _finals(
-    racing: _Racing, chosen: Sequence[Candidate], most: int
+    racing: _Racing, chosen: Sequence[Candidate], most: int, apart: Candidate | None
 ) -> Generator[Request, list[Measurement], list[Measurement]]:
-    """Rows of the best, of the default and of the incumbent, timed in turn."""
+    """Rows of the best, of the default, of the incumbent and of the launches apart, timed in turn."""
     ranked = racing.ranked()
     close = [candidate_of(row) for row in ranked if (row.median_us or 0.0) <= CLOSE * racing.best_us]
     raced = [candidate_of(row) for row in ranked]
     wanted = dict.fromkeys((*close[:most], *(c for c in chosen if c in raced)))
     if not wanted:
         return []
+    if apart is not None:
+        [checked] = yield Request("check", (apart,))
+        wanted |= {apart: None} if checked.status == "ok" else {}
     rows = yield Request("finals", tuple(wanted))
     return [row for row in rows if row.status == "ok"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .. import heuristics
@@ -16,15 +16,17 @@ from ..call_config import ROWS, CallConfig
 from ..config import LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import query_rows, rows_of_class
-from .problems import Task, default_config
+from ..runtime.variants import query_rows, rows_of_class, stood_in_for
+from .problems import Task, default_config, every_branch
 
-KERNEL, TORCH, CUDNN = "kernel", "torch", "cudnn"
+KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
 
 RIVAL_FLOPS = 2e10
 """Launches of more work are not timed by the torch backend, which takes a second for them on a GPU."""
 
 Value = int | str | None
+Launched = tuple[str, tuple[int, ...], LaunchConfig]
+"""A launch of ours: its operation, its branches among a task's, and its configuration."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,8 +34,10 @@ class Candidate:
     """One way to run a task.
 
     Attributes:
-        route: "kernel" (ours), or an external route: "torch", which is ours on a CPU, or "cudnn".
-        choices: Values by name; those of a `LaunchConfig` for a kernel, of a `CallConfig` for the torch backend.
+        route: "kernel" (ours), "apart" (ours, several launches in the place of a joint one), or an external route:
+            "torch", which is ours on a CPU, or "cudnn".
+        choices: Values by name; those of a `LaunchConfig` for a kernel, of a `CallConfig` for the torch backend, of
+            several `LaunchConfig`s for launches apart, as `dq 0+1 block_m`: operation, branches and field.
     """
 
     route: str
@@ -54,11 +58,33 @@ class Candidate:
         """The configuration of the torch backend; None where it takes its own default."""
         return CallConfig(**dict(self.choices)) if self.choices else None  # type: ignore[arg-type]
 
+    @classmethod
+    def apart(cls, launches: Iterable[Launched]) -> Candidate:
+        """Launches of ours, one after the other."""
+        found: list[tuple[str, int | str]] = []
+        for op, branches, config in launches:
+            launch = f"{op} {'+'.join(map(str, branches))}"
+            found += [(f"{launch} {field}", value) for field, value in config.to_dict().items()]
+        return cls(APART, tuple(found))
+
+    @property
+    def launches(self) -> list[Launched]:
+        """The launches of ours, where they are several."""
+        configs: dict[str, dict[str, int | str]] = {}
+        for name, value in self.choices:
+            launch, _, field = name.rpartition(" ")
+            configs.setdefault(launch, {})[field] = value
+        split = ((launch.split(), LaunchConfig(**fields)) for launch, fields in configs.items())  # type: ignore[arg-type]
+        return [(op, tuple(map(int, branches.split("+"))), config) for (op, branches), config in split]
+
     @property
     def name(self) -> str:
-        """`128x64_w8_s3` for a kernel, `torch views=1` for others."""
+        """`128x64_w8_s3` for a kernel, `apart dq 0=64x64_w4_s3`, `torch views=1` for others."""
         if self.route == KERNEL:
             return self.config.name
+        if self.route == APART:
+            named = (f"{op} {'+'.join(map(str, branches))}={config.name}" for op, branches, config in self.launches)
+            return ", ".join([f"{APART} {next(named)}", *named])
         return " ".join([self.route, *(f"{name}={value}" for name, value in self.choices)])
 
 
@@ -97,7 +123,7 @@ def _keys(task: Task) -> int:
 
 def _class(task: Task) -> int | None:
     """Rows that tiles of several branches have to divide."""
-    branches = tuple(range(len(task.problem.branches)))
+    branches = every_branch(task.problem)
     return rows_of_class(task.problem, branches) if len(branches) > 1 else None
 
 
@@ -206,6 +232,20 @@ def _changes(config: CallConfig, default: CallConfig) -> float:
     """Steps of a factor of two, and one for rows that are read otherwise."""
     octaves = (abs(math.log2(getattr(config, name) / getattr(default, name))) for name in ("pairs", "share"))
     return sum(octaves) + (config.rows != default.rows)
+
+
+def apart(task: Task, as_dispatched: Callable[[str, tuple[int, ...]], list[Launched]]) -> Candidate | None:
+    """The launches that a joint one stands in for, as a call makes them; None where it stands in for none.
+
+    They are timed in turn with the finalists and recorded beside the winner: which of the two a call makes is a choice
+    like any other.
+
+    Args:
+        task: The task.
+        as_dispatched: What a call makes of an operation and branches of the task.
+    """
+    found = [launch for part in stood_in_for(task.op, every_branch(task.problem)) for launch in as_dispatched(*part)]
+    return Candidate.apart(found) if found else None
 
 
 def rivals(task: Task, device: Device) -> list[Candidate]:

@@ -18,7 +18,7 @@ from .ledger import title
 from .problems import Task
 from .scenes import OUTPUTS
 from .search import candidate_of
-from .space import KERNEL
+from .space import APART, KERNEL
 
 
 def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | None) -> dict[str, Any]:
@@ -44,6 +44,11 @@ def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | Non
         "finished": journal.end is not None and journal.end.finished,
         "gain": {"mean": geometric_mean(gains), "worst": min(gains)} if gains else None,
         "failures": dict(sorted(failures.items())),
+        "joint": [
+            {"problem": title(pick.key), "median_us": pick.median_us, "apart_us": pick.apart_us}
+            for pick in picks.values()
+            if pick.apart_us is not None
+        ],
         "noisy": [candidate_of(pick).name for pick in picks.values() if is_noisy(pick, journal)],
         "rivals": _rivals(journal, picks),
         "rivals_failed": dict(Counter(f"{row.route} {row.status}" for row in failed if _is_rival(row, picks))),
@@ -74,8 +79,8 @@ def _rivals(journal: Journal, picks: Mapping[ProblemKey, Pick]) -> list[dict[str
 
 
 def _is_rival(row: Measurement, picks: Mapping[ProblemKey, Pick]) -> bool:
-    """It is of another route than what could be picked."""
-    return row.route != (picks[row.key].route if row.key in picks else KERNEL)
+    """It is of another route than what could be picked, and not ours."""
+    return row.route not in (picks[row.key].route if row.key in picks else KERNEL, APART)
 
 
 def _together(key: ProblemKey, ops: Iterable[str], picks: Mapping[ProblemKey, Pick]) -> float:
@@ -90,6 +95,10 @@ def text(found: dict[str, Any]) -> str:
     if found["gain"]:
         gain = found["gain"]
         lines.append(f"gain over the untuned default: {gain['mean']:.3f} (geometric mean), {gain['worst']:.3f} (worst)")
+    if found["joint"]:
+        beaten = [row["problem"] for row in found["joint"] if row["median_us"] > row["apart_us"]]
+        rest = f": {', '.join(beaten)}; calls make those" if beaten else ""
+        lines.append(f"{len(found['joint'])} timed beside what they stand in for, {len(beaten)} of them slower{rest}")
     if found["failures"]:
         lines.append("candidates that failed: " + ", ".join(f"{n} {kind}" for kind, n in found["failures"].items()))
     if found["noisy"]:

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import database, generated
-from ..config import ProblemKey
+from ..config import Problem, ProblemKey
 from ..database import Resources
 from ..device import CPU, Device
 from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
+from ..runtime.options import Options
+from ..runtime.plan import plan
+from ..runtime.variants import key_of, stood_in_for
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
 from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
-from .problems import Task, launched
+from .problems import Task, launched, parts
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
-from .search import FINALISTS, STEPS, Request, Search, Verdict, search
-from .space import KERNEL, TORCH, Candidate
+from .search import FINALISTS, STEPS, Request, Search, Verdict, candidate_of, search
+from .space import APART, KERNEL, TORCH, Candidate, Launched
 from .worker import Lost, NoStart, Raised, Worker, wait_for_any
 
 CANDIDATE_S = 60.0
@@ -257,7 +260,17 @@ class _Tuning:
             ready = sum(not active.compiling for active in self._active)
             if ready >= 2 * len(self._workers) or self._pool.backlog >= 2 * len(self._pool.workers):
                 return
-            self._start(self._waiting.popleft())
+            task = next((task for task in self._waiting if not self._awaits_parts(task)), None)
+            if task is None:
+                return
+            self._waiting.remove(task)
+            self._start(task)
+
+    def _awaits_parts(self, task: Task) -> bool:
+        """What it is compared with is still being tuned."""
+        keys = parts(task)
+        unfinished = (*self._waiting, *(active.task for active in self._active)) if keys else ()
+        return any(other.key in keys for other in unfinished)
 
     def _start(self, task: Task) -> None:
         everything = space.space(task, self._device)
@@ -266,6 +279,7 @@ class _Tuning:
         steered = search(
             candidates[: self._settings.limit],
             incumbent,
+            apart=self._apart(task),
             rivals=[rival for rival in space.rivals(task, self._device) if rival.route in self._settings.routes],
             finalists=self._settings.finalists,
             steps=self._settings.steps,
@@ -292,6 +306,26 @@ class _Tuning:
             return self._incumbents.get(task.key)
         entries = database.load(self._settings.root).entries(self._device.arch, self._device.name, task.op)
         return Candidate.of(entries[task.key].config) if task.key in entries else None
+
+    def _apart(self, task: Task) -> Candidate | None:
+        """What the task's launch stands in for, as this run or the database has it; a resumed run keeps to its own."""
+        if APART not in self._settings.routes:
+            return None
+        begun = (candidate_of(row) for row in self._journal.measurements if (row.key, row.route) == (task.key, APART))
+        return next(begun, None) or space.apart(task, partial(self._as_dispatched, task.problem))
+
+    def _as_dispatched(self, problem: Problem, op: str, branches: tuple[int, ...]) -> list[Launched]:
+        """What a call makes of some branches, after the run's own picks, and after the database where it has none."""
+        key = key_of(problem, op, *branches)
+        pick = next((pick for pick in reversed(self._journal.picks) if pick.key == key), None)
+        if pick is not None and pick.is_beaten:
+            parts = stood_in_for(op, branches)
+            return [launch for part in parts for launch in self._as_dispatched(problem, *part)]
+        if pick is not None:
+            return [(op, branches, candidate_of(pick).config)]
+        alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
+        found = plan(alone, self._device, "triton", Options(database=self._settings.root)).of(op)
+        return [(op, tuple(branches[branch] for branch in choice.branches), choice.config) for choice in found]
 
     def _ask(self, active: _Active, rows: list[Measurement] | None) -> None:
         """Hand over rows, and start with what is asked for next; answered from the journal as far as that goes."""
@@ -537,6 +571,7 @@ def _pick(active: _Active, verdict: Verdict) -> Pick:
         default_us=untuned[0] if untuned else None,
         second_us=others[0] if others else None,
         candidates=verdict.raced,
+        apart_us=None if verdict.apart is None or verdict.apart.flag else verdict.apart.median_us,
     )
 
 

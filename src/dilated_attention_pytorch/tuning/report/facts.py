@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ...config import LaunchConfig, ProblemKey
+from ...config import ProblemKey
 from ...errors import ConfigError
 from ..journal import Config, End, Journal, Measurement, Pick, ProblemRow, Run
+from ..space import Candidate
 from .peaks import Roof, arithmetic
 
 NEAR = 1.02
@@ -96,6 +97,13 @@ class Race:
             return None
         same = [row for row in self.timed if (row.config, row.route) == (pick.config, pick.route)]
         return min(same, key=lambda row: abs(time_of(row) - pick.median_us), default=None)
+
+    @property
+    def apart(self) -> str:
+        """What the launches took that the pick stands in for, in words; nothing where there are none."""
+        if self.pick is None or not is_positive(self.pick.apart_us):
+            return ""
+        return f"apart {micros(self.pick.apart_us)} µs" + (": calls make those" if self.pick.is_beaten else "")
 
     def is_default(self, row: Measurement) -> bool:
         """Whether the row is of the untuned default."""
@@ -235,7 +243,7 @@ def _race_as_dict(race: Race) -> dict[str, Any]:
     chosen: dict[str, Any] | None = None
     if pick is not None:
         chosen = {"config": dict(pick.config), "route": pick.route, "why": pick.why}
-        for name in ("median_us", "low_us", "high_us", "default_us", "second_us"):
+        for name in ("median_us", "low_us", "high_us", "default_us", "second_us", "apart_us"):
             value = getattr(pick, name)
             chosen[name] = value if is_positive(value) else None
     return {
@@ -286,11 +294,10 @@ def in_words(key: ProblemKey) -> tuple[str, str]:
 
 def config_name(config: Config, route: str) -> str:
     """A candidate as a person would call it: "128x64_w8_s3", "torch views=1"; no choice is too odd to be named."""
-    if route == "kernel":
-        try:
-            return LaunchConfig(**config).name  # type: ignore[arg-type]
-        except (ConfigError, TypeError):
-            pass
+    try:
+        return Candidate(route, tuple(config.items())).name
+    except (ConfigError, TypeError, ValueError):
+        pass
     return " ".join([*([] if route == "kernel" else [route]), *(f"{k}={v}" for k, v in config.items())])
 
 

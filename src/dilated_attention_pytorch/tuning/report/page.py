@@ -134,7 +134,7 @@ def _problem(race: Race, widest: float) -> Element:
         chosen: tuple[str | Element, ...] = ("none", tag("small", best))
         cells += [(chosen, None), *[(("—",), None)] * 5]
     else:
-        why = [] if pick.why == "fastest" else [tag("small", pick.why)]
+        why = [tag("small", said) for said in ("" if pick.why == "fastest" else pick.why, race.apart) if said]
         spread = tag("small", f"{micros(pick.low_us)}–{micros(pick.high_us)}")
         behind = "" if race.behind is None else f"{100 * (race.behind - 1):+.1f} %"
         cells += [
@@ -220,6 +220,7 @@ def _race(race: Race, right: float) -> Element:
     else:
         text = f" {micros(pick.median_us)} µs, {pick.why}"
         text += f"; {len(race.near)} as good" if race.near else ""
+        text += f"; {race.apart}" if race.apart else ""
         verdict = tag("p", tag("code", config_name(pick.config, pick.route)), text, class_="verdict")
     drawn = plots.race_plot(race, right)
     rows = [*race.timed, *race.failed]

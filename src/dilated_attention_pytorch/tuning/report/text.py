@@ -128,10 +128,11 @@ def _problem(race: Race) -> tuple[str, ...]:
     if pick is None:
         best = f"none; best so far {micros(time_of(race.timed[0]))} µs" if race.timed else "none"
         return (str(race.number), name, best, "—", "—", "—", "—", "—")
+    said = "; ".join(filter(None, ("" if pick.why == "fastest" else pick.why, race.apart)))
     return (
         str(race.number),
         name,
-        config_name(pick.config, pick.route) + ("" if pick.why == "fastest" else f" ({pick.why})"),
+        config_name(pick.config, pick.route) + (f" ({said})" if said else ""),
         micros(pick.median_us),
         micros(pick.default_us),
         times(race.gain),
