@@ -38,7 +38,8 @@ examples:
 Candidates are compiled in parallel, checked against the float64 reference, raced, and the best few timed again in turn.
 Every measurement goes to a journal at once; winners go to the database: of a checkout to its tune_db/, of an installed
 package to a folder of yours, which goes before the one that it came with. A winner differs from the untuned default or
-from what the database holds only where it is faster by more than noise.
+from what the database holds only where it is faster by more than noise. Branches that can share a pass are tuned one by
+one as well, and the pass is timed in turn with them: calls make what was faster.
 
 On a CPU, or with --gpus cpu, the torch backend is tuned: how it cuts a branch into calls of torch's kernels, whether
 they read rows in place or copies, how many pairs and how large a part of q a call takes. Name the problems there, which
@@ -98,7 +99,7 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
-    """The tasks that the command line names, by weight."""
+    """The tasks that the command line names, by weight; those of the grid behind the models' own."""
     from ..runtime import misses
     from ..tuning import problems
 
@@ -117,7 +118,8 @@ def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
     tasks = problems.of_calls(calls, device)
     if not tasks:
         raise ArgumentError("there is nothing to tune: no call has these dtypes")
-    return tasks
+    # A run that is stopped early has the models themselves.
+    return sorted(tasks, key=lambda task: task.workload == problems.GRID)
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -191,7 +193,8 @@ def _dry_run(tasks: list[Task], device: Device, root: Path, chosen: argparse.Nam
         return
     print(f"{device}, into {root}")
     for task, candidates in rows:
-        print(f"{task.weight:6.1%}  {title(task)}: {len(candidates)} candidates, default {candidates[0].name}")
+        apart = " and its parts" if task.key.is_joint else ""
+        print(f"{task.weight:6.1%}  {title(task)}: {len(candidates)} candidates{apart}, default {candidates[0].name}")
     compiling = f"{processes} compiling process{'es' * (processes > 1)}"
     takes = f"; about {seconds / 60:.0f} min with {compiling} and {gpus} GPU{'s' * (gpus > 1)}" if seconds else ""
     print(f"{len(rows)} problems{takes}")
