@@ -64,7 +64,7 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
 def test_the_standard_preset_takes_ten_minutes_at_most(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A grid that grew until nobody waits for it, or limits of a preset that hold for nothing, or for all."""
+    """A grid that nobody waits for, or that goes before the models; limits that hold for all runs or for none."""
     monkeypatch.setattr(screening, "cores", lambda: 16)
 
     def dry(*given: str) -> dict[str, Any]:
@@ -77,6 +77,8 @@ def test_the_standard_preset_takes_ten_minutes_at_most(
     assert len(standard["problems"]) <= problems.MOST_ENTRIES
     assert max(len(problem["candidates"]) for problem in standard["problems"]) == most
     assert standard["seconds"] <= 600
+    of_grid = [problem["problem"].startswith("grid ") for problem in standard["problems"]]
+    assert of_grid == sorted(of_grid) and {*of_grid} == {True, False}
     assert max(len(problem["candidates"]) for problem in dry("--candidates", "2")["problems"]) == 2
     assert min(len(problem["candidates"]) for problem in dry("--workload", "longnet")["problems"]) > most
 

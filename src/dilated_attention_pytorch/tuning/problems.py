@@ -44,6 +44,8 @@ PRESETS = {
     "standard": Preset(tuple(WORKLOADS), grid=True, candidates=7, steps=3),
     "quick": Preset(("longnet", "core"), ("bf16",)),
 }
+GRID = "grid"
+"""In the place of a workload."""
 MOST_ENTRIES = 400
 """Of a preset on a device: as many fit into the ten minutes that a new GPU may take, and into a review."""
 
@@ -200,7 +202,7 @@ def calls_of(names: Iterable[str], dtypes: tuple[str, ...] = ()) -> list[tuple[s
 def preset(name: str) -> list[tuple[str, Problem]]:
     """The calls of a preset."""
     chosen = PRESETS[name]
-    around = [("grid", problem) for problem in grid.calls()] if chosen.grid else []
+    around = [(GRID, problem) for problem in grid.calls()] if chosen.grid else []
     return [*calls_of(chosen.workloads, chosen.dtypes), *around]
 
 
