@@ -122,8 +122,13 @@ def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
     reasons_of = {variant: "; ".join(filter(None, (", ".join(who[variant]), what[variant]))) for variant in who}
     for order in ORDERS:
         for queries in QUERIES:
-            reasons_of[Variant(None, None, order, queries)] = "any other segment and dilation"
-            reasons_of[Variant("full", None, order, queries)] = "one segment, any other dilation"
+            for even, ragged in ((False, ""), (True, "; nothing is ragged")):
+                reasons_of[Variant(None, None, order, queries, even=even)] = f"any other segment and dilation{ragged}"
+                reasons_of[Variant("full", None, order, queries, even=even)] = f"one segment, any other dilation{ragged}"
+    for queries in QUERIES:
+        held = "any other segment that one tile holds"
+        reasons_of[Variant(None, None, queries=queries, one_tile=True)] = held
+        reasons_of[Variant(None, None, queries=queries, one_tile=True, even=True)] = f"{held}; one tile is a segment"
     return dict(sorted(reasons_of.items(), key=lambda item: _reading_order(item[0])))
 
 

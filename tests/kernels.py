@@ -98,7 +98,7 @@ def pattern_case(
     variant: Variant, *, heads: int = 2, D: int = 16, dtype: str = "fp32", causal: bool = False, mask: bool = False
 ) -> Case:
     """A call whose one launch runs this variant: whole segments for an even text, else a short last one."""
-    rate = variant.dilation or 3
+    rate = variant.dilation or (4 if variant.one_tile and variant.even else 3)
     branches = variant.levels
     if branches:
         segment, length = branches[0][0], min(branches[-1][0], 4 * branches[0][0])
@@ -106,7 +106,7 @@ def pattern_case(
     elif variant.segment == "full":
         segment, length = 1 << 20, (64 * rate if variant.even else 62 * rate + 1)
     else:
-        segment = variant.segment or 100
+        segment = variant.segment or (64 * rate if variant.even else 100)
         # Five segments of 128 cut a row of the snake that runs backwards: two do not, and where every step is kept the
         # snake would be left out.
         segments = 5 if variant.order == "snake" and rate == 1 else 2
@@ -135,7 +135,7 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
         asked = 64 if variant.queries == "all" and isinstance(variant.segment, int) else size
         return dict.fromkeys(OPS, LaunchConfig(asked, size, num_warps=4, num_stages=1))
     tile = max(next_power_of_two(rows), 16)
-    asking = variant.segment if variant.queries == "all" else rows
+    asking = rows if variant.queries == "dilated" else variant.segment or 4 * rows
     assert isinstance(asking, int)
     around = LaunchConfig(32, tile, num_warps=4, num_stages=1)
     held = LaunchConfig(max(next_power_of_two(asking), 16), tile, num_warps=8, num_stages=1)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -331,11 +331,10 @@ def _call_config(item: Field) -> CallConfig:
 
 
 def _launch_config(item: Field) -> LaunchConfig:
-    optional = {"maxnreg", "loads"}
-    found = item.fields(
-        tuple(name for name in _names(LaunchConfig) if name not in optional), tuple(sorted(optional, reverse=True))
-    )
-    return LaunchConfig(**{name: f.text() if name == "loads" else f.integer(1) for name, f in found.items()})  # type: ignore[arg-type]
+    optional = tuple(field.name for field in fields(LaunchConfig) if field.default is not MISSING)
+    found = item.fields(tuple(name for name in _names(LaunchConfig) if name not in optional), optional)
+    read = {"loads": Field.text, "carried": Field.truth}
+    return LaunchConfig(**{name: read[name](f) if name in read else f.integer(1) for name, f in found.items()})  # type: ignore[arg-type]
 
 
 def _times(item: Field) -> Times:

@@ -79,13 +79,14 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
     """Untuned configurations, best first; the caller takes the first that fits its device.
 
     Args:
-        op: "fwd", "dkdv" or "dq".
+        op: "fwd", "dkdv", "dq" or "bwd".
         head_dim: D.
         dtype: "bf16", "fp16" or "fp32".
         queries: Query rows of a whole segment.
         keys: Key rows of a whole segment.
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
     """
+    op = "dkdv" if op == "bwd" else op
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
         sizes = _SPLIT_FLOAT32["hopper" if arch == "sm_90" else "other"][op][row_bytes]
@@ -107,6 +108,7 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
         rows: Rows of a class in the narrowest segment.
         arch: As there.
     """
+    op = "dkdv" if op == "bwd" else op
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
     measured = arch == "sm_90" and padded_head_dim(head_dim) * DTYPE_BYTES[dtype] == 128
     best = [_CHAINS_ON_HOPPER[loads][op]] if measured else []
@@ -125,8 +127,14 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
 
     Tiles that stay for the whole loop (q, or k and v, or q and dout) are counted once, those that the loop loads as
     often as the pipeline buffers them; P or dS passes through shared memory from one product to the next, unless the
-    tensor cores take it from registers; lse and delta are buffered like tiles.
+    tensor cores take it from registers; lse and delta are buffered like tiles. What is carried to the next turn of the
+    loop, and what is added to memory by descriptor, passes through it too.
     """
+    if config.carried or op == "bwd":
+        plain = "dkdv" if op == "bwd" else op
+        between = config.block_m * config.block_n * _operand_bytes(dtype, arch)
+        added = config.block_m * padded_head_dim(head_dim) * 4 if op == "bwd" else 0
+        return shared_bytes(plain, head_dim, dtype, replace(config, carried=False), arch) + between + added
     backward = op != "fwd"
     stages = 1 if arch == "sm_75" else config.num_stages  # it has no asynchronous copies to pipeline
     size = _operand_bytes(dtype, arch)

@@ -78,8 +78,8 @@ class Variant:
             raise ConfigError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.queries not in QUERIES:
             raise ConfigError(f"queries must be one of {', '.join(QUERIES)}, got {self.queries!r}")
-        if self.one_tile and not isinstance(self.segment, int):
-            raise ConfigError("one_tile needs a fixed segment length")
+        if self.one_tile and self.segment == "full":
+            raise ConfigError("one_tile needs a segment length that is compiled in")
         if self.even and isinstance(self.segment, int) and self.segment % (self.dilation or 1):
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
         if self.wider:
@@ -90,6 +90,16 @@ class Variant:
             raise ConfigError("branches share a pass where segments are fixed, steps are tokens, and the kept ones ask")
         if not is_chain(self.levels):
             raise ConfigError(f"branches {list(self.levels)} are no chain: {CHAIN_RULE}")
+
+    @property
+    def described(self) -> bool:
+        """Its tiles may be loaded by tensor descriptors, whose rows are whole rows of memory."""
+        return bool(self.wider) or (self.even and self.order == "none")
+
+    @property
+    def joinable(self) -> bool:
+        """One launch of it may give dq, dk and dv: where one tile holds all keys, or where dq may be added up."""
+        return self.one_tile or self.described
 
     @property
     def name(self) -> str:

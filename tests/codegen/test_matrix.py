@@ -48,11 +48,12 @@ def test_every_order_and_kind_of_queries_has_its_general_variants() -> None:
     """A pattern without a text of its own would find nothing to run through."""
     named = {variant.name for variant in expand([])}
     assert named == {
-        f"{base}{order}{queries}"
+        f"{base}{order}{queries}{even}"
         for base in ("general", "full")
         for order in ("", "_snake", "_hilbert")
         for queries in ("", "_all")
-    }
+        for even in ("", "_even")
+    } | {f"general{queries}_one{even}" for queries in ("", "_all") for even in ("", "_even")}
 
 
 @pytest.mark.parametrize(

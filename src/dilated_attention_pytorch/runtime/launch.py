@@ -37,7 +37,8 @@ KERNELS = {"bwd": "dkdv"}
 
 SIDES = ("p_index", "p_mask", "p_seed")
 FORWARD = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
-BACKWARD = (*FORWARD, "p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv", "a branch's out", "a branch's lse")
+GRADIENTS = ("p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv", "p_sum")
+BACKWARD = (*FORWARD, *GRADIENTS, "a branch's out", "a branch's lse")
 """What the kernels call the tensors of a call."""
 
 
@@ -102,7 +103,7 @@ def backward(
     offsets: HeadOffsets,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch.
+    """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch, or all three at once.
 
     Where the mix is detached, delta is each branch's own, from its output computed again.
 
@@ -126,10 +127,12 @@ def backward(
         return dq, dk, dv
     detached = plan.problem.mix_grad == "detached"
     branch_out, branch_lse = (allocate(out), allocate(lse)) if detached else (None, None)
+    total = q.new_zeros(q.shape, dtype=torch.float32) if plan.adds_up_dq else None
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
-        shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
+        shared.update(p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
+        shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_sum=total)
         if not detached:
             yield run_kernel(prepared_delta(shared, dlse), DELTA)
         again = {choice.branch: replace(choice, merge=False) for choice in plan.fwd}
@@ -144,8 +147,10 @@ def backward(
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
-    tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, branch_out, branch_lse)
+    tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, total, branch_out, branch_lse)
     replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARD, tensors, launches)
+    if total is not None:
+        dq = torch.add(dq, total, out=dq) if plan.stores_dq else dq.copy_(total)
     return dq, dk, dv
 
 
@@ -285,11 +290,14 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
         **sizes,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "CARRIED": config.carried,
         "JOINT": choice.op == "bwd",
         "TMA": False,
     }
+    if choice.adds_up:
+        given["p_dq"] = values["p_sum"]
     if "TMA" in kernel.arg_names and config.loads == "descriptor":
-        given |= _described(kernel, choice, values)
+        given |= _described(kernel, choice, given)
     return kernel, _in_order(kernel, given), programs
 
 
@@ -324,6 +332,8 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
         "p_v": (kept, config.block_n),
         "p_dout": (asked, config.block_m),
     }
+    if choice.adds_up:
+        tiles["p_dq"] = tiles["p_q"]
     used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
     if not all(_is_describable(values[name], values, stride) for name, (stride, _) in used.items()):
         return {}

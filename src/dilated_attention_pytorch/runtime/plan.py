@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Choice:
     """One launch.
 
     Attributes:
-        op: "fwd", "dkdv" or "dq".
+        op: "fwd", "dkdv", "dq", or "bwd" for all gradients at once.
         branch: Index into the problem's branches.
         variant: The text that runs.
         config: Its launch configuration.
@@ -55,6 +55,11 @@ class Choice:
     def branches(self) -> tuple[int, ...]:
         """All branches that the launch computes, the narrowest first."""
         return (self.branch, *self.wider)
+
+    @property
+    def adds_up(self) -> bool:
+        """dQ is added up in float32 by the programs of all keys: its last bits are another's turn's."""
+        return self.op == "bwd" and not self.variant.one_tile
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,16 @@ class Plan:
     def backward(self) -> tuple[Choice, ...]:
         """The launches of the backward, those of a branch side by side."""
         return tuple(choice for choice in self.launches if choice.op != "fwd")
+
+    @cached_property
+    def adds_up_dq(self) -> bool:
+        """Some launch adds dQ up in float32 memory, which starts as zeros and becomes dQ after the last one."""
+        return any(choice.adds_up for choice in self.launches)
+
+    @cached_property
+    def stores_dq(self) -> bool:
+        """Some launch writes dQ itself."""
+        return any(choice.op in ("dq", "bwd") and not choice.adds_up for choice in self.launches)
 
     def call_config(self, op: str, branch: int) -> CallConfig:
         """How the torch backend cuts a branch: as measured, else the untuned default."""

@@ -109,7 +109,7 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
     one_tile = _one_tile(problem, branch, op, config)
     for segment, dilation in _patterns(problem, branch):
         for one, even in ((True, True), (True, False), (False, True), (False, False)):
-            if one and not (one_tile and isinstance(segment, int)):
+            if one and (segment == "full" or not one_tile):
                 continue
             if even and not _even(problem, branch, op, config, one):
                 continue
