@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import weakref
 from collections.abc import Sequence
@@ -252,12 +253,16 @@ def test_threads_share_what_is_kept(made: list[tuple[Any, ...]], monkeypatch: py
 
 @pytest.mark.usefixtures("made")
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that grows with every length of a corpus."""
+    """Memory that grows with every length of a corpus, or with every address; a launch of memory that was let go."""
     monkeypatch.setattr(replay, "KEPT", 3)
-    chosen = planned(SIDED)
+    monkeypatch.setattr(replay, "ADDRESSES", 2)
+    chosen, calls = planned(SIDED), [Call(SIDED) for _ in range(4)]
     for scale in range(1, 9):
         Call(SIDED, scale=float(scale))(chosen, monkeypatch)
         assert len(replay._KNOWN) <= 3
+    told = [by_triton(call, chosen, monkeypatch) for call in calls]
+    assert [call(chosen, monkeypatch) for call in calls * 2] == told * 2
+    assert all(len(recording.given) <= 2 for recording in replay._KNOWN.values())
 
 
 @pytest.mark.usefixtures("made")
@@ -294,16 +299,18 @@ def test_descriptors_are_encoded_once_an_address(packed: bool, monkeypatch: pyte
         replay.run("kind", (), names, (torch.empty(1), k, v, v, None), lambda: launches(k, v))
         return MADE[-1]
 
-    for k in every:
-        for v in every:
-            told = call(k, v)
-            assert told == (*MADE[0][:7], *told[7:])
-            maps = [[("map", x.data_ptr(), 2, 16, "nan"), 4, 64, 64, 1] for x in (k, v)]
-            assert [*told[7:]] == [4, *maps[0], *maps[1], v.data_ptr(), "x", None]
-    assert len(replay._KNOWN) == 1
+    def check(k: Tensor, v: Tensor) -> None:
+        told = call(k, v)
+        assert told == (*MADE[0][:7], *told[7:])
+        maps = [[("map", x.data_ptr(), 2, 16, "nan"), 4, 64, 64, 1] for x in (k, v)]
+        assert [*told[7:]] == [4, *maps[0], *maps[1], v.data_ptr(), "x", None]
+
+    for x in every * 2:
+        check(x, x)
     before = launcher.encodings
-    call(every[0], every[2])
-    assert launcher.encodings == before
+    for k, v in itertools.product(every, every):
+        check(k, v)
+    assert launcher.encodings == before and len(replay._KNOWN) == 1
 
 
 def compiled(launcher: object, backend: str) -> SimpleNamespace:

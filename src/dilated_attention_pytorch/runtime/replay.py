@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import count
 from operator import itemgetter, or_
@@ -23,8 +23,8 @@ from .entry import Entry, entry
 KEPT = 1024
 """Kinds of calls that are kept; beyond them all are forgotten at once."""
 
-ENCODINGS = 64
-"""Addresses for which a tensor descriptor is kept as encoded, likewise."""
+ADDRESSES = 64
+"""Addresses for which a tensor descriptor is kept as encoded, and a launch with all that it is given, likewise."""
 
 ALIGNMENT = 16
 """Bytes. Triton compiles another kernel for pointers that are no multiples of it."""
@@ -63,7 +63,7 @@ def run(
         tensors: All on one device, the first of them not None.
         first: Makes the launches through Triton, on the current device, and tells of each. It does nothing else.
     """
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
     aligned = reduce(or_, addresses) % ALIGNMENT == 0
     known = _KNOWN.get(key) if aligned else None
     if known is not None and not known.hooked():
@@ -94,12 +94,12 @@ class Encoded:
         self._place, self._encode = place, encode
         self._known: dict[int, Any] = {}
 
-    def at(self, addresses: list[int]) -> Any:
+    def at(self, addresses: tuple[int, ...]) -> Any:
         """Of a call."""
         address = addresses[self._place]
         found = self._known.get(address)
         if found is None:
-            if len(self._known) >= ENCODINGS:
+            if len(self._known) >= ADDRESSES:
                 self._known.clear()
             found = self._known[address] = self._encode(address)
         return found
@@ -120,6 +120,15 @@ class Step(NamedTuple):
     encoded: list[Encoded]
     pick: Callable[[list[Any]], tuple[Any, ...]]
 
+    def behind(self, addresses: tuple[int, ...]) -> tuple[Any, ...]:
+        """What the entry's function is given behind the stream."""
+        _, _, behind, packed, _ = self.entry
+        arguments = self.pick([*addresses, *self.constants, *(item.at(addresses) for item in self.encoded)])
+        return (*behind, arguments) if packed else (*behind, *arguments)
+
+
+Given = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -131,6 +140,8 @@ class Recording:
         driver: Triton's.
         knobs: Triton's.
         device: Number of the device.
+        given: By a call's addresses, each launch's function, and what it is given before and behind the stream. A
+            step of training finds the memory of the step before, for each layer its own.
     """
 
     kept: tuple[object, ...]
@@ -138,13 +149,14 @@ class Recording:
     driver: Any
     knobs: Any
     device: int
+    given: dict[tuple[int, ...], list[Given]] = field(default_factory=dict)
 
     def hooked(self) -> bool:
         """A profiler wants to be told of launches, with what Triton's function knows of each."""
         enter, leave = self.knobs.runtime.launch_enter_hook, self.knobs.runtime.launch_exit_hook
         return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
-    def replay(self, addresses: list[int]) -> None:
+    def replay(self, addresses: tuple[int, ...]) -> None:
         """Launch on the device's current stream."""
         active = self.driver.active
         if active.get_current_device() != self.device:
@@ -152,12 +164,16 @@ class Recording:
                 self.replay(addresses)
             return
         stream = active.get_current_stream(self.device)
-        for (launch, before, behind, packed, _), constants, encoded, pick in self.steps:
-            arguments = pick(addresses + constants + [descriptor.at(addresses) for descriptor in encoded])
-            if packed:
-                launch(*before, stream, *behind, arguments)
-            else:
-                launch(*before, stream, *behind, *arguments)
+        for launch, before, behind in self.given.get(addresses) or self._given(addresses):
+            launch(*before, stream, *behind)
+
+    def _given(self, addresses: tuple[int, ...]) -> list[Given]:
+        if len(self.given) >= ADDRESSES:
+            self.given.clear()
+        given = self.given[addresses] = [
+            (step.entry.launch, step.entry.before, step.behind(addresses)) for step in self.steps
+        ]
+        return given
 
 
 # ---- The first call, taken down --------------------------------------------------------------------------------------
