@@ -67,6 +67,20 @@ def test_a_miss_is_written_once(tmp_path: Path) -> None:
     assert found[0].head_dim == 16 and found[2].causal
 
 
+def test_a_pass_that_was_passed_over_by_a_guess_is_a_miss(tmp_path: Path) -> None:
+    """Branches that are measured one by one, and go so after a measurement of another problem, for good."""
+    asked = replace(PROBLEM, length=32768, branches=((2048, 1), (4096, 2), (8192, 4)))
+    chain = entry("fwd", asked, branch=(0, 1, 2), apart=90.0)
+    near = replace(chain, key=replace(chain.key, grid=chain.key.grid // 2))
+    for number, joint in enumerate((chain, near)):
+        measured = [joint, *(entry("fwd", asked, branch=branch) for branch in (0, 1, 2))]
+        committed = database_at(tmp_path / str(number), {"h100": measured})
+        planned = plan(asked, H100, toolchain=TOOLCHAIN, committed=committed)
+        assert [choice.branches for choice in planned.fwd] == [(0,), (1,), (2,)]
+        misses.note(tmp_path / f"{number}.jsonl", planned, backward=False)
+    assert [(tmp_path / f"{number}.jsonl").exists() for number in (0, 1)] == [False, True]
+
+
 @pytest.mark.usefixtures("on_h100")
 def test_another_process_goes_on_where_one_ended(tmp_path: Path) -> None:
     """Every restart of a job, and every rank, would write its own copy of the list."""

@@ -53,9 +53,9 @@ def test_a_wide_spread_is_measured_again_and_flagged(monkeypatch: pytest.MonkeyP
     series: list[int] = []
     clock = measure._CpuClock.times
 
-    def counted(self: measure._CpuClock, launches: list[Launch], rounds: int) -> list[list[float]]:
+    def counted(self: measure._CpuClock, launches: list[Launch], rounds: int, queued: int) -> list[list[float]]:
         series.append(rounds)
-        return clock(self, launches, rounds)
+        return clock(self, launches, rounds, queued)
 
     monkeypatch.setattr(measure._CpuClock, "times", counted)
     (timed,) = bench("cpu", DEVICE, {"kernel": loaded})(TimeJob(task, (candidates(task)[0],), budget_us=4e4))

@@ -32,7 +32,8 @@ def note(path: Path, plan: Plan, *, backward: bool) -> None:
         plan: What runs.
         backward: Gradients will be asked for: their launches count too.
     """
-    if any(choice.rung not in MEASURED for choice in (plan.launches if backward else plan.fwd)):
+    asked = (choice for choice in (*plan.launches, *plan.beaten) if backward or choice.op == "fwd")
+    if any(choice.rung not in MEASURED for choice in asked):
         _append(path, plan.problem)
 
 

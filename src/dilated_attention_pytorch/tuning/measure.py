@@ -18,7 +18,7 @@ from ..precision import DENSE_FACTOR, DOUT_FLOOR, TOLERANCES
 from . import scenes
 from .problems import Task
 from .routes import ROUTES, Launch, Outputs, Route, Scene
-from .space import Candidate
+from .space import APART, Candidate
 from .worker import Fatal
 
 GUARD = 512
@@ -31,7 +31,7 @@ RESOLUTION_US = 1.0
 FLUSHED_BYTES = 1 << 28
 """Written before each timed launch on a GPU: more than any level-2 cache holds."""
 HEAD_START_CYCLES = 400_000
-"""For so long the GPU sleeps before each launch, 0.2 ms or so: a host that also compiles has queued it by then."""
+"""For so long the GPU sleeps for each launch, 0.2 ms or so: a host that also compiles has queued it by then."""
 
 SCENES = 6
 """Scenes that a process keeps: those of two or three tasks that are searched at a time."""
@@ -61,6 +61,11 @@ class TimeJob:
     candidates: tuple[Candidate, ...]
     budget_us: float
     limit_us: float = math.inf
+
+    @property
+    def queued(self) -> int:
+        """Launches that the host has to queue for one of them, at most."""
+        return max(len(candidate.launches) if candidate.route == APART else 1 for candidate in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -210,13 +215,13 @@ class Bench:
 
     def _series(self, launches: list[Launch], job: TimeJob) -> list[Timed]:
         least, most = self._clock.rounds
-        times = self._clock.times(launches, least)
+        times = self._clock.times(launches, least, job.queued)
         found = [interval(taken) for taken in times]
         if not launches or all(timed.low > job.limit_us for timed in found):
             return found
         slowest = max(timed.median for timed in found)
         more = min(int(job.budget_us / (slowest + self._clock.overhead_us)), most) - least
-        for taken, further in zip(times, self._clock.times(launches, max(more, 0)), strict=True):
+        for taken, further in zip(times, self._clock.times(launches, max(more, 0), job.queued), strict=True):
             taken += further
         return [interval(taken) for taken in times]
 
@@ -294,8 +299,8 @@ class _CpuClock:
     def wait(self) -> None:
         """A CPU's work is done when the call returns."""
 
-    def times(self, launches: list[Launch], rounds: int) -> list[list[float]]:
-        """Microseconds of each launch in each round; who goes first alternates."""
+    def times(self, launches: list[Launch], rounds: int, queued: int) -> list[list[float]]:
+        """Microseconds of each in each round; who goes first alternates."""
         times: list[list[float]] = [[] for _ in launches]
         for number in range(rounds):
             for place in _order(len(launches), number):
@@ -320,14 +325,14 @@ class _GpuClock:
         """Until the GPU is done."""
         torch.cuda.synchronize(self._where)
 
-    def times(self, launches: list[Launch], rounds: int) -> list[list[float]]:
-        """Microseconds of each launch in each round; who goes first alternates."""
+    def times(self, launches: list[Launch], rounds: int, queued: int) -> list[list[float]]:
+        """Microseconds of each, which queues so many launches at most, in each round; who goes first alternates."""
         events: list[list[tuple[Any, Any]]] = [[] for _ in launches]
         for number in range(rounds):
             for place in _order(len(launches), number):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 self._flushed.zero_()
-                torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+                torch.cuda._sleep(queued * HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
                 start.record()
                 launches[place]()
                 stop.record()
