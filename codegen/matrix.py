@@ -8,6 +8,7 @@ general variant; one line in `PATTERNS`, or `python -m codegen --add 3000:5:hilb
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -122,13 +123,14 @@ def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
     reasons_of = {variant: "; ".join(filter(None, (", ".join(who[variant]), what[variant]))) for variant in who}
     for order in ORDERS:
         for queries in QUERIES:
-            for even, ragged in ((False, ""), (True, "; nothing is ragged")):
-                reasons_of[Variant(None, None, order, queries, even=even)] = f"any other segment and dilation{ragged}"
-                reasons_of[Variant("full", None, order, queries, even=even)] = f"one segment, any other dilation{ragged}"
-    for queries in QUERIES:
-        held = "any other segment that one tile holds"
-        reasons_of[Variant(None, None, queries=queries, one_tile=True)] = held
-        reasons_of[Variant(None, None, queries=queries, one_tile=True, even=True)] = f"{held}; one tile is a segment"
+            for even in (False, True):
+                unlisted = ("any other segment and dilation", "one segment, any other dilation")
+                for segment, reason in zip((None, "full"), unlisted, strict=True):
+                    variant = Variant(segment, None, order, queries, even=even)
+                    reasons_of[variant] = f"{reason}; nothing is ragged" if even else reason
+    for queries, even in itertools.product(QUERIES, (False, True)):
+        reason = "any other segment, one tile is one" if even else "any other segment that one tile holds"
+        reasons_of[Variant(None, None, queries=queries, one_tile=True, even=even)] = reason
     return dict(sorted(reasons_of.items(), key=lambda item: _reading_order(item[0])))
 
 

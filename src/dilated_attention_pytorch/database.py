@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from . import _layout, device
 from ._strict_yaml import Field
@@ -333,8 +334,8 @@ def _call_config(item: Field) -> CallConfig:
 def _launch_config(item: Field) -> LaunchConfig:
     optional = tuple(field.name for field in fields(LaunchConfig) if field.default is not MISSING)
     found = item.fields(tuple(name for name in _names(LaunchConfig) if name not in optional), optional)
-    read = {"loads": Field.text, "carried": Field.truth}
-    return LaunchConfig(**{name: read[name](f) if name in read else f.integer(1) for name, f in found.items()})  # type: ignore[arg-type]
+    words: dict[str, Callable[[Field], Any]] = {"loads": Field.text, "carried": Field.truth}
+    return LaunchConfig(**{name: words.get(name, partial(Field.integer, at_least=1))(f) for name, f in found.items()})
 
 
 def _times(item: Field) -> Times:
