@@ -232,6 +232,14 @@ def test_a_measurement_nearby_decides_too(tmp_path: Path) -> None:
     ]
 
 
+def test_no_text_is_proposed_that_is_there(tmp_path: Path) -> None:
+    """Somebody renders a text again and again, and calls go on without it, since it is slower."""
+    entries = [entry(op, NESTED, branch=CHAIN, apart=80.0) for op in OPS]
+    found = planned(database_at(tmp_path, {"h100": entries}), NESTED)
+    assert {choice.wider for choice in found.launches} == {()}
+    assert "could share a pass" not in found.explain()
+
+
 def test_the_launches_apart_come_down_the_ladder(tmp_path: Path) -> None:
     """Branches that run apart, with tiles that nobody measured although somebody did."""
     entries = [entry("fwd", NESTED, branch=CHAIN, apart=80.0), entry("fwd", NESTED, branch=1, config=MINE)]

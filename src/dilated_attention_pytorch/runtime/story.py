@@ -50,7 +50,7 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
 def _joined(plan: Plan) -> Iterator[str]:
     """Branches that one pass could compute, had it a text."""
     possible = nested(plan.problem)
-    if len(possible) > max(len(choice.branches) for choice in plan.launches):
+    if len(possible) > max(len(choice.branches) for choice in (*plan.launches, *plan.beaten)):
         spec = "+".join(f"{length}:{rate}" for length, rate in (plan.problem.branches[branch] for branch in possible))
         yield f"branches {_listed(possible)} could share a pass: in a checkout, `python -m codegen --add {spec}`"
 
