@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -26,3 +29,25 @@ def test_any_input_alone_has_its_gradient(needed: int) -> None:
     assert torch.autograd.grad(out.sum() + out.square().sum(), given[needed])[0].any()
     with torch.no_grad():
         assert not dap.dilated_attention(*given, 4, 2).requires_grad
+
+
+def test_an_edited_mask_is_refused() -> None:
+    """Gradients of another call than the forward: what a backward reads is saved where edits are counted."""
+    q = torch.randn(1, 10, 2, 8, requires_grad=True)
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    out = dap.dilated_attention(q, q, q, 4, 2, key_padding_mask=mask)
+    mask[0, 3] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_backward_lets_its_tensors_go() -> None:
+    """Memory of a step that lives until its loss is forgotten."""
+    q = torch.randn(1, 10, 2, 8, requires_grad=True)
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    seen = weakref.ref(mask)
+    loss = dap.dilated_attention(q, q, q, 4, 2, key_padding_mask=mask).sum()
+    loss.backward()
+    del mask
+    gc.collect()
+    assert seen() is None and loss.grad_fn is not None

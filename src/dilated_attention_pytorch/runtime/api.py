@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -116,29 +116,49 @@ def dilated_attention(
         UnsupportedError: The backend refuses this problem, with every reason.
     """
     q, k, v = cast_like_autocast(q, k, v)
-    words: dict[str, Any] = {
-        "backend": backend,
-        "queries": queries,
-        "head_offset": head_offset,
-        "order": order,
-        "is_causal": is_causal,
-        "key_padding_mask": key_padding_mask,
-        "dropout_p": dropout_p,
-        "scale": scale,
-        "padding": padding,
-        "mix_grad": mix_grad,
-    }
     if graph.is_traced(q):
-        out, lse = graph.attend(q, k, v, segment_lengths, dilation_rates, **words)
+        out, lse = graph.attend(
+            q,
+            k,
+            v,
+            segment_lengths,
+            dilation_rates,
+            backend=backend,
+            queries=queries,
+            head_offset=head_offset,
+            order=order,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
+            scale=scale,
+            padding=padding,
+            mix_grad=mix_grad,
+        )
         return (out, lse) if return_lse else out
-    call, chosen = decide(q, k, v, segment_lengths, dilation_rates, **words)
-    dropout = Dropout.draw(call.dropout_p, q.device)
+    call, chosen = decide(
+        q,
+        k,
+        v,
+        segment_lengths,
+        dilation_rates,
+        backend=backend,
+        queries=queries,
+        head_offset=head_offset,
+        order=order,
+        is_causal=is_causal,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        padding=padding,
+        mix_grad=mix_grad,
+    )
+    dropout = Dropout.draw(call.dropout_p, q.device) if call.dropout_p else None
     if chosen.backend == "reference":
         out, lse = _reference(q, k, v, call, dropout)
     else:
         q, k, v = unit_stride(q, k, v)
-        given = chosen, call.scale, call.index, call.mask, call.offsets, dropout
-        out, lse = HilbertAttentionFunction.apply(q, k, v, *given)
+        rest = chosen, call.scale, call.offsets, dropout
+        out, lse = HilbertAttentionFunction.apply(q, k, v, call.index, call.mask, rest)
     return (out, lse) if return_lse else out
 
 

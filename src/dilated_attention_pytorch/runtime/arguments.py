@@ -149,7 +149,7 @@ def cast_like_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied where their last dimension is not contiguous."""
-    return tuple([x if x.stride()[-1] == 1 else x.contiguous() for x in tensors])
+    return tuple([x if x.stride(-1) == 1 else x.contiguous() for x in tensors])
 
 
 def check_words(given: Mapping[str, object]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from .dropout import Dropout
 if TYPE_CHECKING:
     from . import ops
     from .plan import Plan
+
+Rest: TypeAlias = "tuple[Plan | ops.Deferred, float | None, HeadOffsets | Tensor | None, Dropout | None]"
+"""Plan, scale, head offsets and dropout of a call."""
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 _BACKENDS = {"triton": "launch", "torch": "torch_backend", "deferred": "ops"}
 
@@ -33,10 +39,11 @@ def backend_of(plan: Plan | ops.Deferred) -> Any:
 
 
 class HilbertAttentionFunction(torch.autograd.Function):
-    """Dilated attention with its exact backward: `apply(q, k, v, plan, scale, index, mask, offsets, dropout)`.
+    """Dilated attention with its exact backward: `apply(q, k, v, index, mask, (plan, scale, offsets, dropout))`.
 
     Between forward and backward it keeps q, k, v, out and lse, and no branch's output: with the merged lse, each
-    branch is an ordinary flash-attention backward (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+    branch is an ordinary flash-attention backward (FlashAttention-2, arXiv 2307.08691, algorithm 2). What is no tensor
+    is one argument, since autograd handles each of them both ways.
     """
 
     @classmethod
@@ -56,24 +63,21 @@ class HilbertAttentionFunction(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: Plan | ops.Deferred,
-        scale: float | None,
         index: Tensor | None,
         mask: Tensor | None,
-        offsets: HeadOffsets | Tensor | None,
-        dropout: Dropout | None,
+        rest: Rest,
     ) -> tuple[Tensor, Tensor]:
         """Run the plan's forward, out and lse; see `launch.forward` for shapes."""
-        with no_autocast(q.device):
-            out, lse = backend_of(plan).forward(
-                plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets, dropout=dropout
-            )
+        plan, scale, offsets, dropout = rest
+        out, lse = backend_of(plan).forward(
+            plan, q, k, v, scale=scale, index=index, mask=mask, offsets=offsets, dropout=dropout
+        )
         return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep what the backward needs."""
-        q, k, v, ctx.plan, ctx.scale, index, mask, ctx.offsets, ctx.dropout = inputs
+        q, k, v, index, mask, ctx.rest = inputs
         ctx.save_for_backward(q, k, v, *output, index, mask)
         ctx.set_materialize_grads(False)
 
@@ -81,18 +85,19 @@ class HilbertAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v; a gradient of lse is taken in."""
         if dout is None and dlse is None:
-            return (None,) * 9
-        if dlse is not None and ctx.plan.mix_grad == "detached":
+            return (None,) * 6
+        plan, scale, offsets, dropout = ctx.rest
+        if dlse is not None and plan.mix_grad == "detached":
             raise UnsupportedError('mix_grad="detached" has no gradient of lse; detach lse, or use mix_grad="exact"')
         q, k, v, out, lse, index, mask = ctx.saved_tensors
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
-        sides = {"scale": ctx.scale, "index": index, "mask": mask, "offsets": ctx.offsets, "dropout": ctx.dropout}
-        with _unrecorded(), no_autocast(q.device):
-            gradients = backend_of(ctx.plan).backward(ctx.plan, q, k, v, out, lse, dout, dlse, **sides)
+        sides = {"scale": scale, "index": index, "mask": mask, "offsets": offsets, "dropout": dropout}
+        with _unrecorded():
+            gradients = backend_of(plan).backward(plan, q, k, v, out, lse, dout, dlse, **sides)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _DifferentiatedOnce.apply(*gradients, q, k, v, dout, dlse)  # type: ignore[no-untyped-call]
-        return (*gradients, *(None,) * 6)
+        return (*gradients, None, None, None)
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -126,5 +131,16 @@ def _unrecorded() -> AbstractContextManager[Any]:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The inputs are cast once, before; autocast would also round the float32 that backends compute in."""
+    """The inputs are cast once, before; autocast would also round the float32 that torch's operators compute in."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def without_autocast(run: Run) -> Run:
+    """A backend's `forward` or `backward` of torch's operators; kernels of our own are none that autocast casts."""
+
+    @wraps(run)
+    def plain(plan: Plan, q: Tensor, *given: Any, **sides: Any) -> Any:
+        with no_autocast(q.device):
+            return run(plan, q, *given, **sides)
+
+    return cast("Run", plain)

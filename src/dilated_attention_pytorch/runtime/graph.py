@@ -14,7 +14,7 @@ from ..order import TokenOrder, as_order
 from .arguments import check_tensors, check_words, unit_stride
 from .decide import decide
 from .dropout import Dropout
-from .function import HilbertAttentionFunction, backend_of, no_autocast
+from .function import HilbertAttentionFunction, backend_of
 from .ops import LIBRARY, NAMESPACE, SIDES, WORDS, Deferred
 
 if TYPE_CHECKING:
@@ -95,17 +95,16 @@ def _recorded(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     words = dict(zip(SIDES + WORDS, rest, strict=True))
     permutation, mask, head_offsets, seed = (words.pop(name) for name in SIDES)
     dropout = None if seed is None else Dropout(words["dropout_p"], seed)
-    sides = words.pop("scale"), permutation, mask, head_offsets, dropout
-    given = Deferred(tuple(words.items())), *sides
-    out, lse = HilbertAttentionFunction.apply(q, k, v, *given)
+    scale = words.pop("scale")
+    rest = Deferred(tuple(words.items())), scale, head_offsets, dropout
+    out, lse = HilbertAttentionFunction.apply(q, k, v, permutation, mask, rest)
     return out, lse
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`attention` on tensors that have values."""
     plan, sides = _decided(q, k, v, rest)
-    with no_autocast(q.device):
-        out, lse = backend_of(plan).forward(plan, *unit_stride(q, k, v), **sides)
+    out, lse = backend_of(plan).forward(plan, *unit_stride(q, k, v), **sides)
     return out.contiguous(), lse.contiguous()
 
 
@@ -114,8 +113,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_backward` on tensors that have values."""
     plan, sides = _decided(q, k, v, rest)
-    with no_autocast(q.device):
-        dq, dk, dv = backend_of(plan).backward(plan, *unit_stride(q, k, v), out, lse, dout, dlse, **sides)
+    dq, dk, dv = backend_of(plan).backward(plan, *unit_stride(q, k, v), out, lse, dout, dlse, **sides)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import Problem
 from .arguments import unit_stride
 from .dropout import key_bits
+from .function import without_autocast
 from .torch_attention import Drops, Visibility, attend, attend_backward, upcast
 from .torch_calls import Budget, Bundle, Call, calls, is_whole
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+@without_autocast
 def forward(
     plan: Plan,
     q: Tensor,
@@ -84,6 +86,7 @@ def forward(
 
 
 @torch.no_grad()
+@without_autocast
 def backward(
     plan: Plan,
     q: Tensor,
