@@ -2,7 +2,8 @@
 
 It matters wherever the GPU is faster than the host: short sequences, small models, generation. A series of calls is
 queued without waiting for the GPU, and is short enough for its queue; series of all contenders take turns. The backward
-is `torch.autograd.grad` on a graph that is kept.
+is `torch.autograd.grad` on a graph that is kept. "no kernels" is what torch alone takes of that: an autograd node in
+Python that saves its inputs and allocates its results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -65,6 +67,24 @@ def main() -> int:
     return 0
 
 
+class NoKernels(torch.autograd.Function):
+    """Memory for out and lse, then for the gradients and delta, as every attention allocates; nothing fills it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Something of the shape of out."""
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        """Something of the shapes of the gradients."""
+        q, k, v, _, lse = ctx.saved_tensors
+        torch.empty_like(lse)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def measured(name: str, problem: Problem) -> list[dict[str, object]]:
     """A row for each contender."""
     batch, length, heads, head_dim = problem.batch, problem.length, problem.heads, problem.head_dim
@@ -72,6 +92,7 @@ def measured(name: str, problem: Problem) -> list[dict[str, object]]:
     contenders = {
         "ours": _calls(ours(problem, None), (batch, length, heads, head_dim), DTYPES[problem.dtype]),
         "SDPA": _calls(scaled_dot_product_attention, packed, DTYPES[problem.dtype]),
+        "no kernels": _calls(NoKernels.apply, (batch, length, heads, head_dim), DTYPES[problem.dtype]),
     }
     times: dict[str, dict[str, list[float]]] = {contender: {what: [] for what in WHAT} for contender in contenders}
     for _ in range(SERIES):
