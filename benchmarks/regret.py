@@ -34,7 +34,7 @@ from benchmarks import retimed
 from benchmarks.retimed import failed, median, timed, told
 from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch import device as devices
-from dilated_attention_pytorch.config import OPS, Problem, ProblemKey
+from dilated_attention_pytorch.config import BACKWARD, EVERY_OP, OPS, Problem, ProblemKey
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError
@@ -124,19 +124,22 @@ def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Dat
     chance = random.Random(seed)
     names = found.devices(device.arch)
     tuned = {key for name in names for key in retimed.usable(found, device, name, toolchain) if key.dtype in DTYPES}
+    ops = [op for op in EVERY_OP if op in OPS or any(key.op == op for key in tuned)]
+    # All gradients at once are launched where something of their kind was measured, and nowhere else.
+    places = [place for place in itertools.product(WHERE, ops) if place != ("across", BACKWARD)]
     drawn: list[Drawn] = []
-    for where, op in itertools.islice(itertools.cycle(itertools.product(WHERE, OPS)), count):
+    for where, op in itertools.islice(itertools.cycle(places), count):
         taken = tuned | {earlier.task.key for earlier in drawn}
         for _ in range(DRAWS):
             task = _task(chance, where, op, tuned, device)
             if task is None or task.key in taken:
                 continue
-            choice, *others = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).of(op)
-            if not others:  # of several branches that go apart, each is drawn by itself
+            choices = plan(task.problem, device, "triton", toolchain=toolchain, committed=found).of(op)
+            if len(choices) == 1:  # else a call runs others in its place, which are drawn by themselves
                 break
         else:
             raise ArgumentError(f"no {op} {where} what is tuned for {device.arch} was found; tune more, or draw fewer")
-        drawn.append(Drawn(where, task, choice))
+        drawn.append(Drawn(where, task, choices[0]))
     return drawn
 
 

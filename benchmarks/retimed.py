@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from dilated_attention_pytorch.config import OPS, ProblemKey
+from dilated_attention_pytorch.config import ProblemKey
 from dilated_attention_pytorch.database import FRESH, TOOLCHAIN_STALE, Database, Entry, status
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.tuning import ledger, machine
@@ -33,9 +33,10 @@ Row = dict[str, Any]
 
 def usable(found: Database, device: Device, name: str, toolchain: Toolchain) -> dict[ProblemKey, Entry]:
     """Entries of the device of this name, of the architecture of `device`, that a lookup takes as measured."""
+    ops = sorted({path.stem for path in found.files() if path.parent.name == name})
     return {
         key: entry
-        for op in OPS
+        for op in ops
         for key, entry in found.entries(device.arch, name, op).items()
         if status(entry, device.arch, toolchain, found.kernels) in (FRESH, TOOLCHAIN_STALE)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import regret
+from benchmarks import regret, retimed
 from benchmarks.regret import FASTEST, WHERE, Drawn
 from dilated_attention_pytorch import database
 from dilated_attention_pytorch import device as devices
-from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.config import EVERY_OP, OPS
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError
@@ -44,8 +45,10 @@ def test_problems_are_new_and_where_they_say(tuned: Database) -> None:
     drawn = regret.draw(regret.COUNT, 5, H100, TOOLCHAIN, tuned)
     assert drawn[:9] == regret.draw(9, 5, H100, TOOLCHAIN, tuned) != regret.draw(9, 6, H100, TOOLCHAIN, tuned)
     assert len({one.task.key for one in drawn}) == regret.COUNT >= 60
-    assert {(one.where, one.task.op) for one in drawn} == {(where, op) for where in WHERE for op in OPS}
-    assert min(Counter(one.where for one in drawn).values()) >= 18
+    ops = {key.op for key in retimed.usable(tuned, H100, H100.name, TOOLCHAIN)}
+    assert ops == set(EVERY_OP)
+    assert {(one.where, one.task.op) for one in drawn} == {*itertools.product(WHERE, ops)} - {("across", "bwd")}
+    assert min(Counter(one.where for one in drawn).values()) >= 15
     assert {one.choice.rung for one in drawn if one.where == "between"} >= {"nearest"}
     for one in drawn:
         key = one.task.key

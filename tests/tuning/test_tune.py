@@ -21,8 +21,8 @@ from dilated_attention_pytorch.config import OPS, LaunchConfig
 from dilated_attention_pytorch.device import Device
 from dilated_attention_pytorch.errors import DatabaseError
 from dilated_attention_pytorch.runtime.plan import plan
-from dilated_attention_pytorch.tuning import journal, problems, space, worker
-from dilated_attention_pytorch.tuning.journal import Journal
+from dilated_attention_pytorch.tuning import folding, journal, problems, space, worker
+from dilated_attention_pytorch.tuning.journal import Journal, Pick
 from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.tuning.search import candidate_of
 from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings
@@ -248,6 +248,20 @@ def test_a_database_that_turns_read_only_loses_no_pick(quick: Settings, monkeypa
     assert found.picks[0] == early and found.ends[-1].finished
     saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
     assert {entry.key for entry in saved} == {pick.key for pick in found.picks}
+
+
+def test_picks_are_saved_together(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database of hundreds of entries that is read and written anew for each: a minute in which the GPU waits."""
+    saved: list[int] = []
+    fold = folding.fold
+
+    def counting(found: Journal, picks: list[Pick], *where: Any) -> list[Path]:
+        saved.append(len(picks))
+        return fold(found, picks, *where)
+
+    monkeypatch.setattr(folding, "fold", counting)
+    found = standin.run(tasks(), quick)
+    assert saved == [1, len(found.picks) - 1]
 
 
 def vanishing(where: str, device: Device, routes: object) -> object:

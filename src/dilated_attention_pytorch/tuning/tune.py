@@ -10,7 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ CANDIDATE_S = 60.0
 RACE_US = 15e3
 FINALS_US = 60e3
 """Microseconds that a candidate runs in the race, and in the finals."""
+SAVE_S = 10.0
+"""Between two savings of picks: the database is read and written whole, while the GPU waits for the next candidate."""
 STARTS = 3
 """Starts of a measuring process that may fail one after the other before its GPU is given up."""
 
@@ -194,7 +196,7 @@ class _Tuning:
         writer: Writer,
     ) -> None:
         self._device, self._run, self._settings = device, run, settings
-        self._ranked, self._incumbents = ranked, incumbents
+        self._ranked, self._given = ranked, incumbents
         self._progress, self._journal, self._writer = progress, known, writer
         self._begun = time.monotonic()
         free = max(cores() - len(settings.gpus), 1)
@@ -203,6 +205,7 @@ class _Tuning:
         self._measuring: dict[Worker, tuple[_Active, list[int]]] = {}
         self._failed_starts: dict[Worker, int] = defaultdict(int)
         self._active: list[_Active] = []
+        self._unsaved, self._saved = list(known.picks), -float("inf")  # a start that was killed may have saved less
         picked = {pick.key for pick in known.picks}
         self._tasks = tasks
         self._waiting = deque(task for task in tasks if task.key not in picked)
@@ -215,7 +218,7 @@ class _Tuning:
         self._progress.begin(len(self._tasks), len(self._tasks) - len(self._waiting))
         finished = False
         try:
-            self._fold(self._journal.picks)  # a start that was killed may have saved less than it picked
+            self._save()
             if self._waiting:
                 for worker in self._workers:
                     worker.start()  # to find its GPU while the first candidates are compiled
@@ -228,6 +231,7 @@ class _Tuning:
             self._pool.stop()
             for worker in self._workers:
                 worker.stop()
+            self._save()
         self._write(End(self._seconds, finished))
         return self._journal
 
@@ -302,10 +306,16 @@ class _Tuning:
         for row in self._journal.problems:
             if row.key == task.key:
                 return None if row.incumbent is None else Candidate(self._route, tuple(row.incumbent.items()))
-        if task.key in self._incumbents or self._settings.root is None:
-            return self._incumbents.get(task.key)
-        entries = database.load(self._settings.root).entries(self._device.arch, self._device.name, task.op)
-        return Candidate.of(entries[task.key].config) if task.key in entries else None
+        return self._incumbents.get(task.key)
+
+    @cached_property
+    def _incumbents(self) -> dict[ProblemKey, Candidate]:
+        """What the database had before the run, and what was given in its place."""
+        if self._settings.root is None:
+            return {**self._given}
+        found = database.load(self._settings.root)
+        held = (found.entries(self._device.arch, self._device.name, op) for op in {task.op for task in self._tasks})
+        return {key: Candidate.of(one.config) for entries in held for key, one in entries.items()} | {**self._given}
 
     def _apart(self, task: Task) -> Candidate | None:
         """What the task's launch stands in for, as this run or the database has it; a resumed run keeps to its own."""
@@ -376,7 +386,9 @@ class _Tuning:
         pick = None if verdict is None else _pick(active, verdict)
         if pick is not None:
             self._write(pick)
-            self._fold([pick])
+            self._unsaved.append(pick)
+            if time.monotonic() - self._saved >= SAVE_S:
+                self._save()
         self._progress.picked(active.task, pick)
 
     def _drop_unraced(self) -> bool:
@@ -390,9 +402,12 @@ class _Tuning:
         self._waiting.clear()
         return dropped
 
-    def _fold(self, picks: Sequence[Pick]) -> None:
+    def _save(self) -> None:
+        """Fold what was picked since the last time; what cannot be saved stays in the journal, for the next start."""
+        picks, self._unsaved = self._unsaved, []
         if self._settings.root is not None and picks:
             folding.fold(self._journal, picks, self._device, self._settings.root)
+            self._saved = time.monotonic()
 
     def _write(self, *rows: journal.Row) -> None:
         self._writer.add(*rows)
