@@ -12,6 +12,12 @@ from .errors import ConfigError
 from .variant import ORDERS, QUERIES
 
 OPS = ("fwd", "dkdv", "dq")
+"""Operations that every branch has a launch of."""
+BACKWARD = "bwd"
+"""One launch that gives dq, dk and dv, in the place of the last two."""
+EVERY_OP = (*OPS, BACKWARD)
+BY_KEYS = ("dkdv", BACKWARD)
+"""Operations whose programs own tiles of keys."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 HEAD_OFFSETS = ("cyclic", "blocked", "zero", "table")
 FLAGS = ("dropout", "full", "mask", "tf32", "zeros")
@@ -214,8 +220,8 @@ class ProblemKey:
 
     @property
     def is_joint(self) -> bool:
-        """Of a launch that stands in for several: in one pass it computes several branches."""
-        return len(self.branches) > 1
+        """Of a launch that stands in for several: it computes several branches in one pass, or all gradients."""
+        return len(self.branches) > 1 or self.op == BACKWARD
 
     @classmethod
     def of(cls, problem: Problem, op: str, *branches: int) -> ProblemKey:

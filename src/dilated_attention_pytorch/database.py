@@ -21,7 +21,7 @@ from . import _layout, device
 from ._strict_yaml import Field
 from ._strict_yaml import load as load_yaml
 from .call_config import CallConfig
-from .config import DTYPE_BYTES, FLAGS, GRID_CAP, OPS, LaunchConfig, ProblemKey, round_rows
+from .config import DTYPE_BYTES, EVERY_OP, FLAGS, GRID_CAP, LaunchConfig, ProblemKey, round_rows
 from .device import Device, Toolchain
 from .errors import ConfigError, DatabaseError, MissingPackageError
 from .source_hash import kernel_hash
@@ -184,10 +184,10 @@ class Database:
 
     def _is_measurements(self, path: Path) -> bool:
         parts = path.relative_to(self.root).parts
-        if len(parts) != 3 or path.suffix != ".yaml" or path.stem not in OPS or device.slug(parts[1]) != parts[1]:
+        if len(parts) != 3 or path.suffix != ".yaml" or path.stem not in EVERY_OP or device.slug(parts[1]) != parts[1]:
             raise DatabaseError(
                 f"{path}:1: no lookup would find this file; name it <arch>/<device>/<op>.yaml with the op one of "
-                f"{', '.join(OPS)} and the device in lower-case-with-dashes, or remove it"
+                f"{', '.join(EVERY_OP)} and the device in lower-case-with-dashes, or remove it"
             )
         return True
 
@@ -288,7 +288,7 @@ def _entry(item: Field) -> Entry:
 def _key(item: Field) -> ProblemKey:
     found = item.fields(_names(ProblemKey))
     key = ProblemKey(
-        op=found["op"].word(OPS),
+        op=found["op"].word(EVERY_OP),
         dtype=found["dtype"].word(tuple(DTYPE_BYTES)),
         head_dim=found["head_dim"].integer(8),
         branches=tuple(_pair(pair) for pair in found["branches"].items()),

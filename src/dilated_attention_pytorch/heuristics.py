@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import DTYPE_BYTES, LaunchConfig, next_power_of_two
+from .config import BACKWARD, DTYPE_BYTES, LaunchConfig, next_power_of_two
+
+ONE_TILE_ROWS = 128
+"""A segment of so many rows, queries and keys, can be held by one tile of a launch that gives all gradients."""
 
 FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, num_warps=4, num_stages=1))
 """The last resort, larger first: slow, and small enough for every GPU we know."""
@@ -79,14 +82,13 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
     """Untuned configurations, best first; the caller takes the first that fits its device.
 
     Args:
-        op: "fwd", "dkdv", "dq" or "bwd".
+        op: "fwd", "dkdv" or "dq".
         head_dim: D.
         dtype: "bf16", "fp16" or "fp32".
         queries: Query rows of a whole segment.
         keys: Key rows of a whole segment.
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
     """
-    op = "dkdv" if op == "bwd" else op
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
         sizes = _SPLIT_FLOAT32["hopper" if arch == "sm_90" else "other"][op][row_bytes]
@@ -108,12 +110,39 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
         rows: Rows of a class in the narrowest segment.
         arch: As there.
     """
-    op = "dkdv" if op == "bwd" else op
+    if op == BACKWARD:
+        configs = _adding_up(head_dim, dtype, arch)
+        return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
     measured = arch == "sm_90" and padded_head_dim(head_dim) * DTYPE_BYTES[dtype] == 128
     best = [_CHAINS_ON_HOPPER[loads][op]] if measured else []
     configs = [*best, *(replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))]
     return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
+
+
+def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
+    """Where a search for a launch that gives dq, dk and dv begins: one tile that holds a segment, else a loop.
+
+    Args:
+        head_dim: As in `default`; so are the others.
+        dtype: As there.
+        queries: As there.
+        keys: As there.
+        arch: As there.
+    """
+    rows = max(queries, keys)
+    if rows > ONE_TILE_ROWS:
+        return _adding_up(head_dim, dtype, arch)
+    block_m, block_n = (max(next_power_of_two(side), 16) for side in (queries, keys))
+    return [LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)]
+
+
+def _adding_up(head_dim: int, dtype: str, arch: str) -> list[LaunchConfig]:
+    """Of launches that add dq up in memory, by descriptor: atomics on pointers took longer than a launch for dq. Wider
+    rows than 64 elements spill. The interpreter cannot add by descriptor."""
+    if not takes_descriptors(arch, head_dim, dtype) or head_dim > 64 or arch == "interpreter":
+        return []
+    return [LaunchConfig(64, 64, num_warps=4, num_stages=stages, loads="descriptor") for stages in (3, 2)]
 
 
 def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
@@ -130,10 +159,10 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     tensor cores take it from registers; lse and delta are buffered like tiles. What is carried to the next turn of the
     loop, and what is added to memory by descriptor, passes through it too.
     """
-    if config.carried or op == "bwd":
-        plain = "dkdv" if op == "bwd" else op
+    if config.carried or op == BACKWARD:
+        plain = "dkdv" if op == BACKWARD else op
         between = config.block_m * config.block_n * _operand_bytes(dtype, arch)
-        added = config.block_m * padded_head_dim(head_dim) * 4 if op == "bwd" else 0
+        added = config.block_m * padded_head_dim(head_dim) * 4 if op == BACKWARD else 0
         return shared_bytes(plain, head_dim, dtype, replace(config, carried=False), arch) + between + added
     backward = op != "fwd"
     stages = 1 if arch == "sm_75" else config.num_stages  # it has no asynchronous copies to pipeline

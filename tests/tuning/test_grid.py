@@ -25,7 +25,7 @@ def test_no_more_entries_than_a_review_takes() -> None:
     """A grid that grew; two calls with one key; a forward without its backward."""
     every = problems.of_calls(problems.preset("standard"), H100)
     assert len({task.key for task in every}) == len(every) <= problems.MOST_ENTRIES
-    assert len(GRID) == len(OPS) * len(grid.calls())
+    assert sum(task.op in OPS for task in GRID) == len(OPS) * len(grid.calls())
 
 
 def test_every_kind_that_people_have_is_there() -> None:
@@ -52,7 +52,7 @@ def test_a_launch_is_large_and_short() -> None:
     """Tensors in the level-2 cache, whose measurements mislead; a launch of which the tuner can afford a few only."""
     for task in GRID:
         assert task.bytes > 2 * H100.l2_bytes, task.key
-        assert task.flops / FLOPS_A_SECOND[task.key.dtype] < 5e-3, task.key
+        assert task.flops / FLOPS_A_SECOND[task.key.dtype] < 6e-3, task.key
         problem = task.problem
         asking = problem.rows(0) if problem.queries == "dilated" else problem.segment(0)
         assert 2 * problem.heads * asking * problem.rows(0) <= grid.CHECKED_SCORES, task.key

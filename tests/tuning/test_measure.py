@@ -159,11 +159,11 @@ def test_rounding_is_merged_as_results_are() -> None:
 def test_small_and_ragged_problems_keep_what_makes_the_kernel() -> None:
     """A check of another text than the one that is timed, or of no tail at all."""
     full = replace(PROBLEM, branches=((1000, 3),))
-    long = replace(PROBLEM, length=960, batch=3)
-    assert scenes.small(long).length == 192 and scenes.small(long).batch == 1
-    assert scenes.small(PROBLEM).length == 150
-    assert scenes.ragged(long).length % 96 not in (0, 48)
-    assert scenes.small(full) == full and scenes.ragged(full).is_full(0) and scenes.ragged(full).length < 150
+    long = replace(PROBLEM, length=1040, batch=3)
+    assert scenes.small(long).length == 520 and scenes.small(long).batch == 1
+    assert scenes.small(PROBLEM).length == 410
+    assert scenes.ragged(long).length % 260 not in (0, 130)
+    assert scenes.small(full) == full and scenes.ragged(full).is_full(0) and scenes.ragged(full).length < 410
 
 
 def test_a_check_is_of_the_ragged_problem_where_asked() -> None:
@@ -174,9 +174,9 @@ def test_a_check_is_of_the_ragged_problem_where_asked() -> None:
         lengths.append(scene.problem.length)
         return standin.right(scene, candidate)
 
-    (task, *_) = tasks(replace(PROBLEM, length=960))
+    (task, *_) = tasks(replace(PROBLEM, length=1040))
     asked = bench("cpu", DEVICE, {"kernel": noted})
     for ragged in (False, True):
         found = asked(CheckJob(task, candidates(task)[0], ragged))
         assert isinstance(found, measure.Checked) and not found.wrong and found.error < 1e-6
-    assert lengths == [192, 129]
+    assert lengths == [520, 347]

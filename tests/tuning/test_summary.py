@@ -51,7 +51,7 @@ def test_a_rivals_backward_is_judged_beside_all_of_ours() -> None:
     assert [(row["median_us"], row["ours_us"]) for row in found["rivals"]] == [(90, 100), (150, 160), (400, 100)]
     text = summary.text(found)
     assert "cudnn takes 0.92 times as long as the picks (geometric mean of 2)" in text
-    assert "cudnn is faster for dkdv+dq fp32 D16 48/2 dilated g4: 150.0 us, ours 160.0 us" in text
+    assert "cudnn is faster for dkdv+dq fp32 D16 144/2 dilated g4: 150.0 us, ours 160.0 us" in text
     assert "torch takes 4.00 times" in text and "torch is faster" not in text
 
 
@@ -127,7 +127,7 @@ def test_time_left_is_by_what_this_start_did(
     lines.picked(TASKS["dq"], None)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "10 problems to tune, 6 of them done before"
-    assert second.startswith("[7/10, 60 s left] standin fwd fp32 [48, 2]: 64x32_w4_s2 10.0 us (fastest, default 12.0")
+    assert second.startswith("[7/10, 60 s left] standin fwd fp32 [144, 2]: 64x32_w4_s2 10.0 us (fastest, default 12.0")
     assert third.startswith("[8/10, 20 s left]") and third.endswith("no candidate works; the journal has the reasons")
 
 
@@ -144,7 +144,7 @@ def test_a_bar_is_for_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     bar.note("fwd ((2048, 2),): race [bold]64x32")
     bar.picked(TASKS["fwd"], pick(TASKS["fwd"], 10.0))
     bar.end()
-    assert "standin fwd fp32 [48, 2]: 64x32_w4_s2 10.0 us (fastest)" in " ".join(terminal.getvalue().split())
+    assert "standin fwd fp32 [144, 2]: 64x32_w4_s2 10.0 us (fastest)" in " ".join(terminal.getvalue().split())
     imported = builtins.__import__
 
     def without_rich(name: str, *rest: Any, **more: Any) -> Any:

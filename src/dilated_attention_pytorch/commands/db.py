@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import _layout, database
 from .. import device as devices
-from ..config import DTYPE_BYTES, OPS
+from ..config import DTYPE_BYTES, EVERY_OP
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Entry
 from ..device import CPU, Device, Toolchain
 from ..errors import ArgumentError
@@ -92,7 +92,7 @@ def add(subparsers: Any) -> None:
     check.add_argument("--fresh", action="store_true", help="a stale entry is a fault too")
 
     show = _verb(verbs, "show", _show, "entries as a table", "Entries with their evidence, by device and key.")
-    show.add_argument("--op", choices=OPS, help="of one kernel alone")
+    show.add_argument("--op", choices=EVERY_OP, help="of one kernel alone")
     show.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of one dtype alone")
     show.add_argument("--head-dim", type=int, metavar="D", help="of one head dimension alone")
     show.add_argument("--status", choices=STATUSES, help="of one status alone, see `db stale --help`")

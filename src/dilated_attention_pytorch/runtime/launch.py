@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import generated
-from ..config import LaunchConfig, Problem, cdiv, next_power_of_two
+from ..config import BACKWARD, BY_KEYS, LaunchConfig, Problem, cdiv, next_power_of_two
 from ..heuristics import has_tensor_cores_for_float32
 from . import replay
 from .arguments import HeadOffsets
@@ -30,15 +30,10 @@ if TYPE_CHECKING:
 DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
 """The delta kernel reads two tensors once: any size does."""
 
-BY_KEYS = ("dkdv", "bwd")
-"""Operations whose programs own tiles of keys, and of the same kernel: "bwd" gives dq too."""
-KERNELS = {"bwd": "dkdv"}
-"""Kernels that are not named as their operation."""
-
 SIDES = ("p_index", "p_mask", "p_seed")
-FORWARD = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
+FORWARDS = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
 GRADIENTS = ("p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv", "p_sum")
-BACKWARD = (*FORWARD, *GRADIENTS, "a branch's out", "a branch's lse")
+BACKWARDS = (*FORWARDS, *GRADIENTS, "a branch's out", "a branch's lse")
 """What the kernels call the tensors of a call."""
 
 
@@ -83,7 +78,7 @@ def forward(
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     key = (kind, shape, q.stride(), k.stride(), v.stride())
-    replay.run(key, (plan, offsets.table), FORWARD, (q, k, v, out, lse, *sides), launches)
+    replay.run(key, (plan, offsets.table), FORWARDS, (q, k, v, out, lse, *sides), launches)
     return out, lse
 
 
@@ -128,6 +123,8 @@ def backward(
     detached = plan.problem.mix_grad == "detached"
     branch_out, branch_lse = (allocate(out), allocate(lse)) if detached else (None, None)
     total = q.new_zeros(q.shape, dtype=torch.float32) if plan.adds_up_dq else None
+    if plan.adds_up_dq and plan.stores_dq:
+        dq.zero_()  # a launch that merges all its results may be the first to store dq
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
@@ -148,10 +145,18 @@ def backward(
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
     tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, total, branch_out, branch_lse)
-    replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARD, tensors, launches)
+    replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARDS, tensors, launches)
     if total is not None:
-        dq = torch.add(dq, total, out=dq) if plan.stores_dq else dq.copy_(total)
+        added_up(dq, total, plan.stores_dq)
     return dq, dk, dv
+
+
+def added_up(dq: Tensor, total: Tensor, merge: bool) -> None:
+    """Round what launches added up in float32 to dq, or add it to what others stored there."""
+    if merge:
+        torch.add(dq, total, out=dq)
+    else:
+        dq.copy_(total)
 
 
 def _sides(
@@ -282,7 +287,7 @@ def _query_rows(problem: Problem, branch: int, steps: int) -> int:
 
 def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
     """The kernel of a choice, its arguments by name in order, and the number of programs."""
-    kernel = getattr(generated.load(choice.variant.name), KERNELS.get(choice.op, choice.op))
+    kernel = getattr(generated.load(choice.variant.name), "dkdv" if choice.op == BACKWARD else choice.op)
     sizes, programs = (_sizes_of_chain if choice.wider else _sizes)(choice, values)
     config = choice.config
     given = {
@@ -291,7 +296,7 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "CARRIED": config.carried,
-        "JOINT": choice.op == "bwd",
+        "JOINT": choice.op == BACKWARD,
         "TMA": False,
     }
     if choice.adds_up:

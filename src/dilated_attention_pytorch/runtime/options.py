@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import OPS, LaunchConfig
+from ..config import EVERY_OP, OPS, LaunchConfig
 from ..errors import ArgumentError, ArgumentTypeError
 
 ON_MISS = ("fallback", "error")
@@ -56,8 +56,9 @@ def options(
     `config`, `database`, `deterministic` and `miss_log` that are None stay as the enclosing `options` set them.
 
     Args:
-        config: Launch configuration of every kernel, or of those named: "fwd", "dkdv", "dq". It goes before every
-            measurement, and one that the device cannot launch is an error.
+        config: Launch configuration of every kernel, or of those named: "fwd", "dkdv", "dq", or "bwd", which has one
+            launch give all gradients. It goes before every measurement, and one that the device cannot launch is an
+            error.
         database: Folder of a tuning database that goes before the committed one.
         on_miss: "fallback" takes the nearest measurement or an untuned default where nothing was measured for a
             problem; "error" raises `DatabaseMiss`.
@@ -91,9 +92,9 @@ def _pairs(config: LaunchConfig | Mapping[str, LaunchConfig]) -> tuple[tuple[str
     named = dict.fromkeys(OPS, config) if isinstance(config, LaunchConfig) else config
     if not isinstance(named, Mapping) or not all(isinstance(value, LaunchConfig) for value in named.values()):
         raise ArgumentTypeError(f"config must be a LaunchConfig or a mapping of op to LaunchConfig, got {config!r}")
-    if unknown := sorted(str(op) for op in named if op not in OPS):
-        raise ArgumentError(f"config names {unknown[0]!r}; kernels are {', '.join(OPS)}")
-    return tuple((op, named[op]) for op in OPS if op in named)
+    if unknown := sorted(str(op) for op in named if op not in EVERY_OP):
+        raise ArgumentError(f"config names {unknown[0]!r}; kernels are {', '.join(EVERY_OP)}")
+    return tuple((op, named[op]) for op in EVERY_OP if op in named)
 
 
 def _folder(database: str | Path) -> Path:

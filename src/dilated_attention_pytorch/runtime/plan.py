@@ -13,14 +13,14 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import OPS, LaunchConfig, Problem
+from ..config import BACKWARD, LaunchConfig, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import chain, key_of, query_rows, rows_of_class, stood_in_for, text_for
+from .variants import chain, key_of, may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -57,9 +57,15 @@ class Choice:
         return (self.branch, *self.wider)
 
     @property
+    def stores(self) -> tuple[str, ...]:
+        """The results that it writes, or merges into what an earlier launch wrote."""
+        dq = () if self.adds_up else ("dq",)
+        return {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": dq, BACKWARD: ("dk", "dv", *dq)}[self.op]
+
+    @property
     def adds_up(self) -> bool:
         """dQ is added up in float32 by the programs of all keys: its last bits are another's turn's."""
-        return self.op == "bwd" and not self.variant.one_tile
+        return self.op == BACKWARD and not self.variant.one_tile
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Plan:
     @cached_property
     def stores_dq(self) -> bool:
         """Some launch writes dQ itself."""
-        return any(choice.op in ("dq", "bwd") and not choice.adds_up for choice in self.launches)
+        return any("dq" in choice.stores for choice in self.launches)
 
     def call_config(self, op: str, branch: int) -> CallConfig:
         """How the torch backend cuts a branch: as measured, else the untuned default."""
@@ -355,11 +361,15 @@ def _stale(question: _Question, op: str) -> list[_Offer]:
 
 
 def _heuristic(question: _Question, op: str) -> list[_Offer]:
+    if op == BACKWARD:
+        return []  # nobody knows whether it pays before it is measured
     configs = untuned(question.problem, question.branches, op, question.device.arch)
     return [_estimated(question, op, config, f"untuned default for {question.device.arch}") for config in configs]
 
 
 def _floor(question: _Question, op: str) -> list[_Offer]:
+    if op == BACKWARD:
+        return []
     return [_estimated(question, op, config, "the smallest tiles") for config in heuristics.FLOOR]
 
 
@@ -403,21 +413,28 @@ def _launches(question: _Question) -> tuple[tuple[Choice, ...], tuple[Choice, ..
     problem = question.problem
     found: list[Choice] = []
     beaten: list[Choice] = []
-    for op, branches in itertools.product(OPS, launch_order(problem, question.texts)):
+    for op, branches in itertools.product(("fwd", BACKWARD), launch_order(problem, question.texts)):
         found += _joint_or_apart(question, op, branches, beaten)
     turns = {branch: turn for turn, branch in enumerate(_by_dilation(problem))}
     found.sort(key=lambda choice: (choice.op != "fwd", not choice.wider, turns[choice.branch]))
-    firsts = {choice.op: choice for choice in reversed(found)}
-    return tuple(replace(choice, merge=choice is not firsts[choice.op]) for choice in found), tuple(beaten)
+    written: set[str] = set()
+    ordered = []
+    for choice in found:
+        ordered.append(replace(choice, merge=not written.isdisjoint(choice.stores)))
+        written.update(choice.stores)
+    return tuple(ordered), tuple(beaten)
 
 
 def _joint_or_apart(question: _Question, op: str, branches: tuple[int, ...], beaten: list[Choice]) -> list[Choice]:
-    """One launch; or those that it stands in for, where its measurement says that they are faster, and it is beaten."""
-    choice, times = _climb(replace(question, branches=branches), op)
-    if times is None or not times.is_beaten:
-        return [choice]
-    beaten.append(choice)
-    return [found for part in stood_in_for(op, branches) for found in _joint_or_apart(question, *part, beaten)]
+    """One launch; or those that it stands in for, where there is no offer of it, or its measurement says that they are
+    faster and it is beaten."""
+    found = _climb(replace(question, branches=branches), op)
+    if found is not None:
+        choice, times = found
+        if times is None or not times.is_beaten:
+            return [choice]
+        beaten.append(choice)
+    return [launch for part in stood_in_for(op, branches) for launch in _joint_or_apart(question, *part, beaten)]
 
 
 def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> list[LaunchConfig]:
@@ -426,6 +443,8 @@ def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> 
     if len(branches) > 1:
         return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
+    if op == BACKWARD:
+        return heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     return heuristics.default(op, head_dim, dtype, *rows_of, arch)
 
 
@@ -438,8 +457,15 @@ def step_down(problem: Problem, choice: Choice) -> Choice:
     return replace(choice, variant=variant, config=config, rung="floor", why="the smallest tiles", passed=passed)
 
 
-def _climb(question: _Question, op: str) -> tuple[Choice, Times | None]:
-    """Down the ladder to the first offer that fits, and what it took where it was measured."""
+def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
+    """Down the ladder to the first offer that fits, and what it took where it was measured.
+
+    Returns:
+        None of a joint launch that nothing is offered for: what it stands in for will be asked.
+
+    Raises:
+        _NothingFits: Of another.
+    """
     passed: list[tuple[str, str]] = []
     for rung, (offers, silence) in LADDER.items():
         found = offers(question, op)
@@ -452,11 +478,16 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None]:
             if variant is None:
                 passed.append((rung, f"tiles of {config.name} do not divide the rows of a class"))
                 continue
+            if op == BACKWARD and (reason := may_give_all_gradients(question.problem, variant)):
+                passed.append((rung, reason))
+                continue
             if unfit is None:
                 _refuse_miss(question, op, rung)
                 branch, *wider = question.branches
                 return Choice(op, branch, variant, config, rung, why, tuple(passed), tuple(wider)), times
             passed.append((rung, unfit))
+    if stood_in_for(op, question.branches):
+        return None
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
 
 
@@ -491,6 +522,9 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
+    alike = {Variant.from_name(name).one_tile for name in hit.measured_on}
+    if op == BACKWARD and text is not None and alike and text.one_tile not in alike:
+        return f"{named} was measured where {'a loop' if text.one_tile else 'one tile'} holds a segment"
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))

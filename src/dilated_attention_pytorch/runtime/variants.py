@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config import LaunchConfig, Problem, ProblemKey, head_offsets
+from ..config import BACKWARD, BY_KEYS, LaunchConfig, Problem, ProblemKey, head_offsets
 from ..variant import Variant, is_chain
 
 CHAIN_ROWS = 512
@@ -46,7 +46,20 @@ def chain(problem: Problem, texts: frozenset[str]) -> tuple[int, ...]:
 
 def stood_in_for(op: str, branches: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """The launches that one launch is in the place of, as (operation, branches) in their order; none of a plain one."""
+    if op == BACKWARD:
+        return [("dkdv", branches), ("dq", branches)]
     return [(op, (branch,)) for branch in branches] if len(branches) > 1 else []
+
+
+def may_give_all_gradients(problem: Problem, variant: Variant) -> str | None:
+    """Why a text must not give dq, dk and dv in one launch; None where it may."""
+    if not variant.joinable:
+        return f"{variant.name} has a loop over keys for dq alone: its tiles are ragged, or read along an order"
+    if problem.head_offset == "table":
+        return "a table of offsets may keep heads out, whose dq another launch clears"
+    if problem.deterministic and not variant.one_tile:
+        return "dq is added up in the order in which programs come, and the call asks for a deterministic backward"
+    return None
 
 
 def nested(problem: Problem) -> list[int]:
@@ -98,7 +111,7 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
     Args:
         problem: The call.
         branch: Index into its branches.
-        op: "fwd", "dkdv" or "dq".
+        op: "fwd", "dkdv", "dq" or "bwd".
         config: The tiles.
         texts: Names of the modules that there are.
 
@@ -159,7 +172,7 @@ def _patterns(problem: Problem, branch: int) -> Iterator[tuple[int | str | None,
 
 def _one_tile(problem: Problem, branch: int, op: str, config: LaunchConfig) -> bool:
     """One tile holds the keys of a segment and, where the kernel walks over queries, these too."""
-    queries_held = op != "dkdv" or config.block_m >= query_rows(problem, branch)
+    queries_held = op not in BY_KEYS or config.block_m >= query_rows(problem, branch)
     return config.block_n >= problem.rows(branch) and queries_held
 
 
@@ -171,9 +184,9 @@ def _even(problem: Problem, branch: int, op: str, config: LaunchConfig, one_tile
         return False
     if problem.head_offset == "table":
         return False  # a head may be absent, and its tiles are all tail
-    if one_tile and op == "dkdv" and dilation > 1 and problem.heads != problem.kv_heads:
+    if one_tile and op in BY_KEYS and dilation > 1 and problem.heads != problem.kv_heads:
         return False  # heads of a group that keep other steps are masked like a tail
-    if one_tile and (keys != config.block_n or (op == "dkdv" and queries != config.block_m)):
+    if one_tile and (keys != config.block_n or (op in BY_KEYS and queries != config.block_m)):
         return False
     return keys % config.block_n == 0 and queries % config.block_m == 0
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .. import generated, heuristics
 from ..call_config import OPS as CALL_OPS
-from ..config import DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
+from ..config import BACKWARD, DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
 from ..device import CPU, Device
 from ..runtime.plan import Choice, launch_order, untuned
-from ..runtime.variants import key_of, query_rows, stood_in_for, text_for
+from ..runtime.variants import key_of, may_give_all_gradients, query_rows, stood_in_for, text_for
 from ..workloads import WORKLOADS, named
 from . import grid
 
-PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}
+PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3, BACKWARD: 5}
 """Matrix products a (query, key) pair takes part in."""
-TENSORS = {"fwd": 4, "dkdv": 6, "dq": 5}
-"""Tensors of kept rows that a launch reads or writes: q, k, v, out; q, k, v, dout, dk, dv; q, k, v, dout, dq."""
+TENSORS = {"fwd": (2, 2), "dkdv": (2, 4), "dq": (3, 2), BACKWARD: (3, 4)}
+"""Tensors that a launch reads or writes: of query rows (q, out, dout, dq), of kept rows (k, v, dk, dv)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Preset:
 
 PRESETS = {
     "standard": Preset(tuple(WORKLOADS), grid=True, candidates=7, steps=3),
-    "quick": Preset(("longnet", "core"), ("bf16",)),
+    "quick": Preset(("longnet", "core"), ("bf16",), candidates=8, steps=3),
 }
 GRID = "grid"
 """In the place of a workload."""
@@ -57,7 +56,7 @@ class Task:
     Attributes:
         key: What its winner is stored under.
         problem: A call of what the launch computes alone: a branch, or several that it computes in one pass.
-        op: "fwd", "dkdv" or "dq".
+        op: "fwd", "dkdv", "dq" or "bwd".
         merge: It merges into what an earlier branch wrote, as it does in the call that it comes from.
         workload: Where it comes from.
         weight: Its share of the run's work, 0..1; nothing where it is tuned as a part of a joint launch alone.
@@ -83,8 +82,8 @@ class Task:
         problem = self.problem
         asked = problem.batch * problem.heads * self._rows(query_rows(problem, 0))
         kept = problem.batch * problem.kv_heads * self._rows(problem.rows(0))
-        by_query = {"fwd": 2, "dkdv": 2, "dq": 3}[self.op]
-        rows = by_query * asked + (TENSORS[self.op] - by_query) * kept
+        by_query, by_key = TENSORS[self.op]
+        rows = by_query * asked + by_key * kept
         return rows * problem.head_dim * DTYPE_BYTES[problem.dtype]
 
     def _pairs(self, branch: int) -> int:
@@ -144,7 +143,12 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
     on_cpu = device.arch == CPU
     for workload, problem in calls:
         order = launch_order(problem, frozenset() if on_cpu else generated.names())
-        for op, (place, branches) in itertools.product(CALL_OPS if on_cpu else OPS, enumerate(order)):
+        launches = [
+            (op, place, branches)
+            for place, branches in enumerate(order)
+            for op in (CALL_OPS if on_cpu else _operations(problem, branches, device))
+        ]
+        for op, place, branches in launches:
             for part_op, part, merge in _with_parts(op, branches, place > 0):
                 alone = replace(problem, branches=tuple(problem.branches[branch] for branch in part))
                 key = key_of(alone, part_op, *every_branch(alone))
@@ -156,6 +160,15 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
     total = sum(work.values())
     weighed = [replace(task, weight=work[key] / total) for key, task in tasks.items()]
     return _parts_first(sorted(weighed, key=lambda task: -task.weight))
+
+
+def _operations(problem: Problem, branches: tuple[int, ...], device: Device) -> tuple[str, ...]:
+    """The launches of some branches; one for the whole backward where there is a text that may pay."""
+    for config in untuned(problem, branches, BACKWARD, device.arch):
+        variant = text_for(problem, branches, BACKWARD, config, generated.names())
+        if variant is not None and may_give_all_gradients(problem, variant) is None:
+            return ("fwd", BACKWARD)
+    return OPS
 
 
 def _with_parts(op: str, branches: tuple[int, ...], merge: bool) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -214,9 +227,11 @@ def shard(tasks: list[Task], part: tuple[int, int]) -> list[Task]:
         part: i and n.
     """
     index, count = part
-    heads: dict[ProblemKey, ProblemKey] = {}
+    families: dict[ProblemKey, dict[ProblemKey, None]] = {}
     for task in tasks:
-        family = [*parts(task), task.key]
-        heads.update(dict.fromkeys(family, heads.get(family[0], task.key)))
-    turns = {head: turn for turn, head in enumerate(dict.fromkeys(heads[task.key] for task in tasks))}
-    return [task for task in tasks if turns[heads[task.key]] % count == index]
+        family = {task.key: None}
+        for key in parts(task):
+            family |= families.get(key, {key: None})
+        families.update(dict.fromkeys(family, family))
+    turns = {id(family): turn for turn, family in enumerate({id(f): f for f in families.values()}.values())}
+    return [task for task in tasks if turns[id(families[task.key])] % count == index]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config import OPS, Problem, head_offsets
+from ..config import BACKWARD, EVERY_OP, Problem, head_offsets
 from ..device import Device
 from ..order import TokenOrder
 from ..runtime import torch_backend
@@ -18,7 +18,7 @@ from ..runtime.dropout import Dropout
 from ..runtime.plan import Plan
 from .routes import Outputs, Scene
 
-OUTPUTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",)}
+OUTPUTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",), BACKWARD: ("dq", "dk", "dv")}
 DROPOUT_P = 0.1
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -53,7 +53,7 @@ def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.d
 
     Args:
         problem: A call of one branch.
-        op: "fwd", "dkdv" or "dq".
+        op: "fwd", "dkdv", "dq" or "bwd".
         merge: Outputs hold something, and the launch merges into it.
         device: What kernels are planned for.
         where: Where the tensors lie.
@@ -222,4 +222,4 @@ def fresh(inputs: Scene, guard: int) -> tuple[Outputs, list[tuple[str, Tensor]]]
     return outputs, memories
 
 
-assert OUTPUTS.keys() == set(OPS)
+assert OUTPUTS.keys() == set(EVERY_OP)

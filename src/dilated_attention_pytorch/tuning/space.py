@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from .. import heuristics
+from .. import generated, heuristics
 from ..call_config import ROWS, CallConfig
-from ..config import LaunchConfig, head_offsets, next_power_of_two
+from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import query_rows, rows_of_class, stood_in_for
+from ..runtime.variants import may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
 from .problems import Task, default_config, every_branch
 
 KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
@@ -24,7 +24,10 @@ KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
 RIVAL_FLOPS = 2e10
 """Launches of more work are not timed by the torch backend, which takes a second for them on a GPU."""
 
-Value = int | str | None
+SMALLEST = LaunchConfig(16, 16)
+"""If any tiles fill a segment, these do."""
+
+Value = int | str | bool | None
 Launched = tuple[str, tuple[int, ...], LaunchConfig]
 """A launch of ours: its operation, its branches among a task's, and its configuration."""
 
@@ -147,14 +150,28 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
 
 
 def _loads(task: Task, device: Device) -> tuple[Value, ...]:
-    """Texts of several branches load by descriptor too; it is the better way wherever there is one."""
-    problem = task.problem
-    described = _class(task) and heuristics.takes_descriptors(device.arch, problem.head_dim, problem.dtype)
-    return ("descriptor",) if described else ("pointer",)
+    """By descriptor where there are any: it is the better way."""
+    return ("descriptor",) if _is_described(task, device) else ("pointer",)
 
 
 def _all_loads(task: Task, device: Device) -> tuple[Value, ...]:
     return tuple(dict.fromkeys((*_loads(task, device), "pointer")))
+
+
+def _is_described(task: Task, device: Device) -> bool:
+    problem = task.problem
+    if not heuristics.takes_descriptors(device.arch, problem.head_dim, problem.dtype):
+        return False
+    text = text_for(problem, every_branch(problem), task.op, SMALLEST, generated.names())
+    return text is not None and text.described
+
+
+def _carried(task: Task, device: Device) -> tuple[Value, ...]:
+    """Long rows leave the tensor cores idle for a part of each turn; short ones would wait for registers."""
+    problem = task.problem
+    plain = not (problem.causal or problem.mask or problem.dropout)
+    worth = task.op == "fwd" and plain and heuristics.padded_head_dim(problem.head_dim) >= 128
+    return (False, True) if worth and _is_described(task, device) else (False,)
 
 
 COORDINATES = (
@@ -164,6 +181,7 @@ COORDINATES = (
     Coordinate("num_stages", _stages(1, 2, 3, 4), _stages(1, 2, 3, 4, 5)),
     Coordinate("maxnreg", _fixed(None), _registers),
     Coordinate("loads", _loads, _all_loads),
+    Coordinate("carried", _carried, _carried),
 )
 """The fields of a configuration."""
 
@@ -289,13 +307,13 @@ def _fits(task: Task, device: Device, config: LaunchConfig) -> bool:
 
 def _pipelines_a_loop(task: Task, device: Device, config: LaunchConfig) -> bool:
     """A loop that runs once has nothing to overlap: more than one stage is the same kernel again."""
-    walked, tile = (_queries(task), config.block_m) if task.op == "dkdv" else (_keys(task), config.block_n)
+    walked, tile = (_queries(task), config.block_m) if task.op in BY_KEYS else (_keys(task), config.block_n)
     return config.num_stages == 1 or tile < walked
 
 
 def _keeps_warps_busy(task: Task, device: Device, config: LaunchConfig) -> bool:
     """At least a 16-row fragment of the products a warp; on Hopper a warpgroup takes 64 rows of its own."""
-    stay, loop = (config.block_n, config.block_m) if task.op == "dkdv" else (config.block_m, config.block_n)
+    stay, loop = (config.block_n, config.block_m) if task.op in BY_KEYS else (config.block_m, config.block_n)
     if device.arch in ("sm_90", "sm_100", "sm_103") and config.num_warps >= 8:
         return stay >= 16 * config.num_warps
     return stay * max(loop, heuristics.padded_head_dim(task.problem.head_dim)) >= 256 * config.num_warps
@@ -309,6 +327,7 @@ def _holds_its_accumulators(task: Task, device: Device, config: LaunchConfig) ->
         "fwd": tile + config.block_m * width,
         "dkdv": tile + 2 * config.block_n * width,
         "dq": tile + config.block_m * width,
+        BACKWARD: tile + 2 * config.block_n * width,
     }[task.op]
     threads = config.num_warps * device.warp_size
     return held / threads <= (config.maxnreg or 256)
@@ -320,7 +339,16 @@ def _divides_a_class(task: Task, device: Device, config: LaunchConfig) -> bool:
     return rows is None or (rows % config.block_m == 0 and rows % config.block_n == 0)
 
 
-RULES = (_divides_a_class, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
+def _gives_all_gradients(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """In one tile, or added up by descriptor."""
+    if task.op != BACKWARD:
+        return True
+    text = text_for(task.problem, every_branch(task.problem), task.op, config, generated.names())
+    may = text is not None and may_give_all_gradients(task.problem, text) is None
+    return may and (text.one_tile or config.loads == "descriptor")  # type: ignore[union-attr]
+
+
+RULES = (_divides_a_class, _gives_all_gradients, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
 
 
 def _steps_away(config: LaunchConfig, default: LaunchConfig) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from ..config import OPS, ProblemKey
+from ..config import EVERY_OP, ProblemKey
 from .folding import is_noisy
 from .journal import Journal, Measurement, Pick
 from .ledger import title
@@ -57,8 +57,8 @@ def values(journal: Journal, tasks: Sequence[Task], path: Path, root: Path | Non
 
 BACKWARDS = [
     ops
-    for count in range(1, len(OPS) + 1)
-    for ops in itertools.combinations(OPS, count)
+    for count in range(1, len(EVERY_OP) + 1)
+    for ops in itertools.combinations(EVERY_OP, count)
     if sorted(name for op in ops for name in OUTPUTS[op]) == ["dk", "dq", "dv"]
 ]
 """Launches that together write every gradient once."""
