@@ -142,7 +142,17 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     return {"fwd": around, "dkdv": held, "dq": around}
 
 
-def run_ranges(case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchConfig) -> Results:
+def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
+    """Tiles with all that a measurement may choose and no default does: descriptors, carried products, op bwd."""
+    loads = "descriptor" if variant.described else "pointer"
+    tiles = pattern_config(variant) or {}
+    config = {op: replace(tiles[op], loads=loads, carried=True) for op in OPS}
+    return config | {"bwd": config["dkdv"]} if variant.joinable else config
+
+
+def run_ranges(
+    case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchConfig, ops: Sequence[str] = OPS
+) -> Results:
     """Forward and backward in launches that each take the query steps between two cuts, all keys being there.
 
     Without an order a launch is given its own rows of q alone, as a rank of a sharded sequence has them.
@@ -152,7 +162,7 @@ def run_ranges(case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchCo
     parts: list[tuple[Tensor, Results]] = []
     for first, last in pairwise(cuts):
         problem = replace(case.problem, query_range=(first, last))
-        chosen = plan(problem, current(inputs.q.device), "triton", Options((*((op, config) for op in OPS),)))
+        chosen = plan(problem, current(inputs.q.device), "triton", Options((*((op, config) for op in ops),)))
         rows = slice(first, last) if index is None else slice(None)
         q, dout, dlse = inputs.q[:, rows], inputs.dout[:, rows], inputs.dlse[:, :, rows].contiguous()
         rest = {"scale": case.D**-0.5, "index": index, "mask": inputs.mask, "offsets": offsets}

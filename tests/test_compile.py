@@ -130,6 +130,36 @@ def test_feature_compiles(name: str, feature: str) -> None:
         assert resources.shared_bytes <= min(estimate, device.SHARED_BYTES["sm_90"]), op
 
 
+DESCRIBED = LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor")
+CHOSEN = (
+    (
+        "s2048_d2_even",
+        "fwd",
+        replace(DESCRIBED, block_m=128, block_n=128, num_warps=8, num_stages=2, carried=True),
+        128,
+    ),
+    ("s2048_d2_even", "dq", DESCRIBED, 128),
+    ("s2048_d2_even", "bwd", DESCRIBED, 64),
+    ("general_one_even", "bwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="descriptor"), 128),
+    ("s128_d1_all_one_even", "bwd", LaunchConfig(128, 128, num_warps=8, num_stages=1), 64),
+    ("s1024_2048_d1_2_even", "fwd", replace(DESCRIBED, carried=True), 128),
+    ("s1024_2048_d1_2_even", "bwd", DESCRIBED, 64),
+)
+"""What a measurement may choose and no default does."""
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize(("name", "op", "config", "head_dim"), CHOSEN, ids=lambda value: getattr(value, "name", value))
+def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: LaunchConfig, head_dim: int) -> None:
+    """A branch of a text that no untuned default enters: refused, spilling, or larger than the tuner reckons with."""
+    variant = Variant.from_name(name)
+    problem = case_problem(variant, head_dim=head_dim)
+    choice = Choice(op, 0, variant, config, "test", "", (), tuple(range(1, len(problem.branches))))
+    found = compile_offline(problem, choice, "sm_90")
+    assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
+    assert found.spills == 0
+
+
 def test_specialised_text_is_smaller_than_the_general_one() -> None:
     """An even text that still carries the tail's code: it must need no more registers than the ragged one."""
     even, ragged = (Variant.from_name(name) for name in ("s2048_d2_even", "s2048_d2"))

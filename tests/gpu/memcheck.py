@@ -17,7 +17,7 @@ import torch
 import dilated_attention_pytorch as dap
 from dilated_attention_pytorch.variant import Variant
 from tests.cases import arguments, make_inputs
-from tests.kernels import pattern_case, pattern_config, variants_run
+from tests.kernels import chosen_config, pattern_case, pattern_config, variants_run
 
 KINDS = (
     "general",
@@ -29,16 +29,16 @@ KINDS = (
     "s1024_d1",
     "s1024_2048_d1_2",
     "s1024_2048_d1_2_even",
+    "general_even",
+    "general_one_even",
 )
 
 if __name__ == "__main__":
     for name in KINDS:
         variant = Variant.from_name(name)
-        head_dim = 64 if variant.wider and variant.even else 24  # by descriptor, or rows that a mask cuts off
-        case, config = (
-            pattern_case(variant, D=head_dim, dtype="bf16", causal=True),
-            None if variant.wider else pattern_config(variant),
-        )
+        # By descriptor and all gradients at once, or rows that a mask cuts off.
+        case = pattern_case(variant, D=64 if variant.described and variant.even else 24, dtype="bf16", causal=True)
+        config = chosen_config(variant) if variant.joinable else None if variant.wider else pattern_config(variant)
         inputs = make_inputs(case, "cuda")
         assert name in variants_run(case, inputs, config)
         leaves = [tensor.requires_grad_() for tensor in inputs[:3]]

@@ -15,7 +15,7 @@ import torch
 import dilated_attention_pytorch as dap
 from codegen.render import render
 from dilated_attention_pytorch import database, generated
-from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem, ProblemKey
+from dilated_attention_pytorch.config import EVERY_OP, OPS, LaunchConfig, Problem, ProblemKey
 from dilated_attention_pytorch.device import INTERPRETER, Toolchain, simulated
 from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime import variants
@@ -139,6 +139,24 @@ def test_one_pass_is_the_softmax_of_all_branches(case: Case, loads: str) -> None
     even = loads == "descriptor"
     assert variants_run(case, inputs, config) == {replace(SMALL, even=even).name}
     check_results(run_kernels(case, inputs, config), oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("case", "loads"),
+    [
+        pytest.param(Case(N=64, branches=SMALL.levels, H=2, dtype="fp16"), "descriptor", id="even-descriptor"),
+        pytest.param(Case(N=64, branches=SMALL.levels, H=2, G=1, mask=True), "pointer", id="even-mask-grouped"),
+        pytest.param(Case(N=75, branches=(*SMALL.levels, (75, 4)), H=2, causal=True), "pointer", id="ragged-and-more"),
+    ],
+)
+@pytest.mark.usefixtures("small_text", "adding_descriptors")
+def test_all_gradients_of_a_pass(case: Case, loads: str) -> None:
+    """dq of another class or batch; a carried P·V of the tile after; what a branch beside the pass adds or stores."""
+    config = LaunchConfig(16, 16, num_warps=4, num_stages=1, loads=loads, carried=True)
+    inputs = make_inputs(case)
+    found = run_kernels(case, inputs, dict.fromkeys(EVERY_OP, config))
+    check_results(found, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
 @pytest.mark.interpreter
