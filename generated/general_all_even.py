@@ -22,7 +22,7 @@ Glossary
     MERGE            add to what earlier branches wrote; else write every row, zeros where no step is kept
     TMA              p_q, p_k, p_v and p_dout are tensor descriptors: rows of DILATION steps, of one for who asks
     CARRIED          the forward takes P·V of a tile behind Q·K of the next one
-    JOINT            dkdv gives dq too, added up in p_dq, which holds float32 and is a descriptor like the others
+    JOINT            dkdv gives dq too, added up in p_dq: float32, a descriptor where TMA
     HEAD_OFFSET      rule of the kept steps: "cyclic", "blocked", "zero", or "table", read from p_offsets
     PRECISION        of float32 products: "ieee" or "tf32"
     i_ o_ p_ m_ b_   program index, offsets, pointer, mask, block in registers
@@ -697,9 +697,9 @@ def dkdv(
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
                 if JOINT:
-                    # What all tiles of keys give is added up in memory, in float32.
                     b_dq = tl.dot(tl.trans(b_ds.to(b_k.dtype)), b_k, input_precision=PRECISION) * scale
                     if TMA:
+                        # What all tiles of keys give is added up in memory, in float32.
                         p_dq.atomic_add([row_q + i_row * BLOCK_M, col_dq], b_dq)
                     else:
                         p_dqm = p_dqh + o_q.to(tl.int64)[:, None] * dq_n + o_d[None, :]

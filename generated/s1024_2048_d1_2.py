@@ -21,7 +21,7 @@ Glossary
     BLOCK_M, _N, _D  query rows, key rows, columns a tile; columns from HEAD_DIM on are padding
     GROUP            query heads a key/value head
     TMA              p_q, p_k, p_v and p_dout are tensor descriptors: B·N / STRIDE rows of STRIDE steps
-    JOINT            dkdv gives dq too, added up in p_dq, which holds float32 and is a descriptor like the others
+    JOINT            dkdv gives dq too, added up in p_dq: float32, a descriptor where TMA
     HEAD_OFFSET      rule of the kept steps: "cyclic", "blocked" or "zero"
     PRECISION        of float32 products: "ieee", "tf32" or "tf32x3"
     PARTIAL          the pass over tiles that need a mask, behind the pass over those that every row sees whole

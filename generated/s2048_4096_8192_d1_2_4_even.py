@@ -24,7 +24,7 @@ Glossary
     GROUP            query heads a key/value head
     TMA              p_q, p_k, p_v and p_dout are tensor descriptors: B·N / STRIDE rows of STRIDE steps
     CARRIED          the forward takes P·V of a tile behind Q·K of the next one
-    JOINT            dkdv gives dq too, added up in p_dq, which holds float32 and is a descriptor like the others
+    JOINT            dkdv gives dq too, added up in p_dq: float32, a descriptor where TMA
     HEAD_OFFSET      rule of the kept steps: "cyclic", "blocked" or "zero"
     PRECISION        of float32 products: "ieee", "tf32" or "tf32x3"
     PARTIAL          the pass over tiles that need a mask, behind the pass over those that every row sees whole

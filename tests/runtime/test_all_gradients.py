@@ -30,6 +30,7 @@ H100 = device.simulated("h100")
 EVEN = replace(PROBLEM, length=8192)
 """Its segments fill the sequence: dq can be added up."""
 TILE = LaunchConfig(16, 16, num_warps=4, num_stages=1)
+SQUARE = LaunchConfig(64, 64)
 
 
 def backward(tmp_path: Path, asked: Problem, *entries: Entry) -> Plan:
@@ -51,6 +52,7 @@ def test_the_backward_is_as_measured(tmp_path: Path, apart: float | None, launch
     found = backward(tmp_path, EVEN, entry("bwd", EVEN, apart=apart))
     assert ops(found) == launches
     assert [choice.op for choice in found.beaten] == (["bwd"] if len(launches) == 2 else [])
+    assert ("not bwd of branch 0 in one launch: faster apart; " in found.explain()) == bool(found.beaten)
 
 
 def test_nobody_guesses(tmp_path: Path) -> None:
@@ -69,21 +71,18 @@ def test_what_forbids_it(tmp_path: Path, change: dict[str, Any]) -> None:
     assert ops(backward(tmp_path, asked, entry("bwd", asked))) == ["dkdv", "dq"]
 
 
-def test_one_tile_is_deterministic() -> None:
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_one_tile_of_keys_is_deterministic(block_m: int) -> None:
     """A launch that adds nothing up, refused because another of its name does."""
-    found = asking_for_it(replace(EVEN, branches=((64, 1),), deterministic=True))
+    found = asking_for_it(replace(EVEN, branches=((64, 1),), deterministic=True), LaunchConfig(block_m, 64))
     assert ops(found) == ["bwd"] and not found.adds_up_dq and found.stores_dq
 
 
-def test_a_measurement_of_one_tile_says_nothing_of_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of a tile and a half, whose dq is added up because one tile was fast."""
-    short = replace(EVEN, branches=((128, 2),))
-    measured = entry("bwd", short, config=LaunchConfig(64, 64))
-    committed = database_at(tmp_path / "db", {"h100": [measured]})
-    monkeypatch.setattr(committed, "_kernels", lambda: {measured.provenance.kernel: ("general_one_even",)})
+def test_a_measurement_of_one_tile_says_nothing_of_many(tmp_path: Path) -> None:
+    """Segments of two tiles, whose dq is added up because it was fast to store it."""
+    measured = entry("bwd", replace(EVEN, branches=((128, 2),)), config=LaunchConfig(32, 64))
     for rows, expected in ((64, ["bwd"]), (128, ["dkdv", "dq"])):
-        asked = replace(EVEN, branches=((2 * rows, 2),))
-        assert ops(plan(asked, H100, toolchain=TOOLCHAIN, committed=committed)) == expected
+        assert ops(backward(tmp_path, replace(EVEN, branches=((2 * rows, 2),)), measured)) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,9 @@ def test_what_is_merged(branches: tuple[tuple[int, int], ...], expected: list[tu
     assert [(choice.op, choice.merge) for choice in found.backward] == expected
 
 
-def asking_for_it(asked: Problem) -> Plan:
+def asking_for_it(asked: Problem, tiles: LaunchConfig = SQUARE) -> Plan:
     """The plan of a call with tiles for all gradients at once."""
-    return plan(asked, H100, options=Options(config=(("bwd", LaunchConfig(64, 64)),)), toolchain=TOOLCHAIN)
+    return plan(asked, H100, options=Options(config=(("bwd", tiles),)), toolchain=TOOLCHAIN)
 
 
 # ---- What it computes ------------------------------------------------------------------------------------------------
@@ -142,6 +141,7 @@ def test_each_kind_of_text(name: str, loads: str, feature: str) -> None:
         pytest.param(Case(N=96, branches=((48, 1), (16, 1)), H=2), id="added-then-stored"),
         pytest.param(Case(N=96, branches=((48, 1), (40, 3)), H=4, G=2), id="added-then-ragged"),
         pytest.param(Case(N=61, branches=((20, 3), (30, 2)), H=4, G=2, causal=True, dropout=0.2), id="grouped-dropout"),
+        pytest.param(Case(N=96, branches=((32, 2), (48, 1)), H=4, causal=True, D=24), id="held-then-added"),
     ],
 )
 def test_launches_of_both_kinds(case: Case) -> None:
@@ -151,6 +151,24 @@ def test_launches_of_both_kinds(case: Case) -> None:
         chosen = dap.explain(inputs.q, inputs.k, inputs.v, *zip(*case.branches, strict=True), backend="triton")
     assert "bwd" in {choice.op for choice in chosen.launches} or case.dropout
     found = run_kernels(case, inputs, dict.fromkeys(EVERY_OP, TILE))
+    check_results(found, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(N=128, branches=((64, 2),), H=2, dtype="fp16"), id="plain"),
+        pytest.param(Case(N=128, branches=((64, 2),), B=2, H=4, G=2, mask=True), id="grouped-mask"),
+        pytest.param(Case(N=64, branches=((32, 1), (64, 2)), H=2, causal=True), id="two-branches-causal"),
+    ],
+)
+def test_one_tile_of_keys_and_many_of_queries(case: Case) -> None:
+    """dq of tiles that are stored twice or never, zero rows between them, what a later branch merges."""
+    loads = "descriptor" if case.dtype == "fp16" else "pointer"
+    tall = LaunchConfig(16, 32, num_warps=4, num_stages=1, loads=loads)
+    inputs = make_inputs(case)
+    found = run_kernels(case, inputs, {"bwd": tall})
     check_results(found, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 

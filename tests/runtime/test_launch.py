@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from dilated_attention_pytorch import device, heuristics
-from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.config import LaunchConfig, Problem
 from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Choice, plan
 
 PROBLEM = Problem("bf16", 1, 4096, 4, 4, 64, ((2048, 2),))
@@ -68,3 +71,28 @@ def test_other_errors_are_not_swallowed(tried: list[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(launch, "run_kernel", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         launch._run(PROBLEM, choice(), {})
+
+
+def test_all_gradients_that_do_not_fit_at_once_come_apart(tried: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that ends because an entry does not fit; dk and dv merged into memory that nobody wrote."""
+    monkeypatch.setattr(launch, "_STEPPED_APART", {})
+    tiles = (("bwd", LaunchConfig(64, 64)),)
+    asked = plan(PROBLEM, device.simulated("h100"), "triton", Options(tiles))
+    found = replace(asked, launches=tuple(replace(choice, rung="nearest") for choice in asked.launches))
+    q = torch.zeros(1, 4096, 4, 64, dtype=torch.bfloat16)
+    given = (q, q, q, q, torch.zeros(1, 4, 4096), q, None)
+    sides = {"scale": 1.0, "index": None, "mask": None, "offsets": HeadOffsets(((0, 1, 0, 1),))}
+    monkeypatch.setattr(launch.replay, "run", lambda key, owners, names, tensors, first: [*first()])
+    monkeypatch.setattr(launch, "prepared_delta", lambda *_: None)
+    monkeypatch.setattr(launch, "DELTA", heuristics.FLOOR[-1])
+    with pytest.warns(UserWarning, match="bwd with 64x64_w4_s2"):
+        launch.backward(found, *given, **sides)
+    smallest = heuristics.FLOOR[-1].name
+    assert tried == [smallest, "64x64_w4_s2", smallest, smallest, smallest]
+    (apart,) = launch._STEPPED_APART.values()
+    assert [(choice.op, choice.merge, choice.adds_up) for choice in apart.backward] == [
+        ("dkdv", False, False),
+        ("dq", False, False),
+    ]
+    launch.backward(found, *given, **sides)
+    assert tried[5:] == [smallest] * 3

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import generated
 from ..config import BACKWARD, BY_KEYS, LaunchConfig, Problem, cdiv, next_power_of_two
-from ..heuristics import has_tensor_cores_for_float32
+from ..heuristics import FLOOR, has_tensor_cores_for_float32
 from . import replay
 from .arguments import HeadOffsets
 from .dropout import Dropout
@@ -113,6 +113,9 @@ def backward(
     Returns:
         dq, dk, dv, contiguous.
     """
+    if _STEPPED_APART:
+        while plan in _STEPPED_APART:
+            plan = _STEPPED_APART[plan]
     dq, dk, dv, delta = allocate(q), allocate(k), allocate(v), allocate(lse)
     if dq.numel() == 0 or plan.problem.query_range is not None:
         # No launch comes to the segments that no query asks.
@@ -145,7 +148,14 @@ def backward(
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
     tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, total, branch_out, branch_lse)
-    replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARDS, tensors, launches)
+    try:
+        replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARDS, tensors, launches)
+    except _TooLarge as error:
+        from .plan import stepped_apart
+
+        _STEPPED_APART[plan] = stepped_apart(plan, *error.args)
+        sides_of: dict[str, Any] = {"index": index, "mask": mask, "offsets": offsets, "dropout": dropout}
+        return backward(plan, q, k, v, out, lse, dout, dlse, scale=scale, **sides_of)
     if total is not None:
         added_up(dq, total, plan.stores_dq)
     return dq, dk, dv
@@ -363,6 +373,12 @@ def _descriptor(x: Tensor, stride: int, block: int) -> Any:
 
 _STEPPED_DOWN: dict[Choice, Choice] = {}
 """Choices that ran out of resources in this process, and what runs instead. Equal devices come to the same."""
+_STEPPED_APART: dict[Plan, Plan] = {}
+"""Plans with a launch for all gradients that did, likewise: two are launched."""
+
+
+class _TooLarge(Exception):
+    """A launch for all gradients, the argument, ran out of resources."""
 
 
 def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> Launch:
@@ -376,15 +392,17 @@ def _run(problem: Problem, choice: Choice, values: Mapping[str, Any]) -> Launch:
     except Exception as error:
         if type(error).__name__ != "OutOfResources" or choice.rung in ("config", "floor"):
             raise
-        from .plan import step_down
-
-        smaller = _STEPPED_DOWN[choice] = step_down(problem, choice)
         warnings.warn(
             f"{choice.variant.name} {choice.op} with {choice.config.name} (rung {choice.rung}: {choice.why}) does not "
-            f"fit this GPU: {error} From now on {smaller.config.name} runs instead; "
+            f"fit this GPU: {error} From now on {FLOOR[-1].name} runs instead; "
             "`dilated-attention db check` examines the entry, `dilated-attention tune` measures a new one",
             stacklevel=2,
         )
+        if choice.op == BACKWARD:
+            raise _TooLarge(choice) from error
+        from .plan import step_down
+
+        smaller = _STEPPED_DOWN[choice] = step_down(problem, choice)
         return _run(problem, smaller, values)
 
 

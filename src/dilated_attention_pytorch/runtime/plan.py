@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,7 +20,16 @@ from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
-from .variants import chain, key_of, may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
+from .variants import (
+    adds_up_dq,
+    chain,
+    key_of,
+    may_give_all_gradients,
+    query_rows,
+    rows_of_class,
+    stood_in_for,
+    text_for,
+)
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -39,6 +48,7 @@ class Choice:
         passed: (rung, sentence) of every offer that was passed over, in the order of the ladder.
         wider: Further branches that the launch computes.
         merge: It adds to what an earlier launch of its operation wrote; else it writes every row.
+        adds_up: Its programs add up dq in float32 memory: its last bits are another's turn's.
     """
 
     op: str
@@ -50,6 +60,7 @@ class Choice:
     passed: tuple[tuple[str, str], ...]
     wider: tuple[int, ...] = ()
     merge: bool = False
+    adds_up: bool = False
 
     @property
     def branches(self) -> tuple[int, ...]:
@@ -61,11 +72,6 @@ class Choice:
         """The results that it writes, or merges into what an earlier launch wrote."""
         dq = () if self.adds_up else ("dq",)
         return {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": dq, BACKWARD: ("dk", "dv", *dq)}[self.op]
-
-    @property
-    def adds_up(self) -> bool:
-        """dQ is added up in float32 by the programs of all keys: its last bits are another's turn's."""
-        return self.op == BACKWARD and not self.variant.one_tile
 
 
 @dataclass(frozen=True)
@@ -417,12 +423,17 @@ def _launches(question: _Question) -> tuple[tuple[Choice, ...], tuple[Choice, ..
         found += _joint_or_apart(question, op, branches, beaten)
     turns = {branch: turn for turn, branch in enumerate(_by_dilation(problem))}
     found.sort(key=lambda choice: (choice.op != "fwd", not choice.wider, turns[choice.branch]))
+    return _merging(found), tuple(beaten)
+
+
+def _merging(launches: Iterable[Choice]) -> tuple[Choice, ...]:
+    """Launches in their order, told whether an earlier one wrote what they write."""
     written: set[str] = set()
-    ordered = []
-    for choice in found:
-        ordered.append(replace(choice, merge=not written.isdisjoint(choice.stores)))
+    found = []
+    for choice in launches:
+        found.append(replace(choice, merge=not written.isdisjoint(choice.stores)))
         written.update(choice.stores)
-    return tuple(ordered), tuple(beaten)
+    return tuple(found)
 
 
 def _joint_or_apart(question: _Question, op: str, branches: tuple[int, ...], beaten: list[Choice]) -> list[Choice]:
@@ -457,6 +468,16 @@ def step_down(problem: Problem, choice: Choice) -> Choice:
     return replace(choice, variant=variant, config=config, rung="floor", why="the smallest tiles", passed=passed)
 
 
+def stepped_apart(plan: Plan, choice: Choice) -> Plan:
+    """The plan with the smallest tiles of two launches in place of one for all gradients that could not be launched."""
+    parts = [
+        step_down(plan.problem, replace(choice, op=op, adds_up=False))
+        for op, _ in stood_in_for(choice.op, choice.branches)
+    ]
+    launches = [part for launch in plan.launches for part in (parts if launch == choice else [launch])]
+    return replace(plan, launches=_merging(launches), rung="floor")
+
+
 def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
     """Down the ladder to the first offer that fits, and what it took where it was measured.
 
@@ -478,13 +499,17 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
             if variant is None:
                 passed.append((rung, f"tiles of {config.name} do not divide the rows of a class"))
                 continue
-            if op == BACKWARD and (reason := may_give_all_gradients(question.problem, variant)):
+            if op == BACKWARD and (
+                reason := may_give_all_gradients(question.problem, question.branches, config, variant)
+            ):
                 passed.append((rung, reason))
                 continue
             if unfit is None:
                 _refuse_miss(question, op, rung)
                 branch, *wider = question.branches
-                return Choice(op, branch, variant, config, rung, why, tuple(passed), tuple(wider)), times
+                adds_up = adds_up_dq(question.problem, question.branches, op, config, variant)
+                told = rung, why, tuple(passed), tuple(wider)
+                return Choice(op, branch, variant, config, *told, adds_up=adds_up), times
             passed.append((rung, unfit))
     if stood_in_for(op, question.branches):
         return None
@@ -522,9 +547,9 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
-    alike = {Variant.from_name(name).one_tile for name in hit.measured_on}
-    if op == BACKWARD and text is not None and alike and text.one_tile not in alike:
-        return f"{named} was measured where {'a loop' if text.one_tile else 'one tile'} holds a segment"
+    added = op == BACKWARD and config.block_n < hit.entry.key.branches[0][0]
+    if text is not None and added != adds_up_dq(problem, question.branches, op, config, text):
+        return f"{named} was measured where dq is {'added up' if added else 'stored'}"
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))

@@ -23,7 +23,8 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
     for choice in plan.beaten:
         if backward or choice.op == "fwd":
             passed = f"faster apart; {choice.config.name}  {choice.rung}: {choice.why}"
-            yield f"         not {choice.op} of branches {_listed(choice.branches)} in one pass: {passed}"
+            once = " in one pass" if choice.wider else " in one launch"
+            yield f"         not {choice.op} of {_counted(choice.branches)}{once}: {passed}"
     for calls in plan.calls:
         if backward or calls.op == "fwd":
             name = "forward" if calls.op == "fwd" else "backward"
@@ -53,6 +54,10 @@ def _joined(plan: Plan) -> Iterator[str]:
     if len(possible) > max(len(choice.branches) for choice in (*plan.launches, *plan.beaten)):
         spec = "+".join(f"{length}:{rate}" for length, rate in (plan.problem.branches[branch] for branch in possible))
         yield f"branches {_listed(possible)} could share a pass: in a checkout, `python -m codegen --add {spec}`"
+
+
+def _counted(branches: tuple[int, ...]) -> str:
+    return f"branch{'es' * (len(branches) > 1)} {_listed(branches)}"
 
 
 def _listed(branches: Iterable[int]) -> str:

@@ -10,7 +10,7 @@ from ..call_config import OPS as CALL_OPS
 from ..config import BACKWARD, DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
 from ..device import CPU, Device
 from ..runtime.plan import Choice, launch_order, untuned
-from ..runtime.variants import key_of, may_give_all_gradients, query_rows, stood_in_for, text_for
+from ..runtime.variants import adds_up_dq, key_of, may_give_all_gradients, query_rows, stood_in_for, text_for
 from ..workloads import WORKLOADS, named
 from . import grid
 
@@ -122,7 +122,8 @@ def launched(
     first, *wider = branches = branches or every_branch(problem)
     variant = text_for(problem, branches, op, config, texts)
     assert variant is not None, "the plan of the task found a text"
-    return Choice(op, first, variant, config, "config", "tuning", (), tuple(wider), merge)
+    adds_up = adds_up_dq(problem, branches, op, config, variant)
+    return Choice(op, first, variant, config, "config", "tuning", (), tuple(wider), merge, adds_up)
 
 
 def default_config(task: Task, device: Device) -> LaunchConfig:
@@ -166,7 +167,7 @@ def _operations(problem: Problem, branches: tuple[int, ...], device: Device) -> 
     """The launches of some branches; one for the whole backward where there is a text that may pay."""
     for config in untuned(problem, branches, BACKWARD, device.arch):
         variant = text_for(problem, branches, BACKWARD, config, generated.names())
-        if variant is not None and may_give_all_gradients(problem, variant) is None:
+        if variant is not None and may_give_all_gradients(problem, branches, config, variant) is None:
             return ("fwd", BACKWARD)
     return OPS
 

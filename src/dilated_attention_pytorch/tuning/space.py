@@ -16,7 +16,7 @@ from ..call_config import ROWS, CallConfig
 from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
+from ..runtime.variants import adds_up_dq, may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
 from .problems import Task, default_config, every_branch
 
 KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
@@ -340,12 +340,14 @@ def _divides_a_class(task: Task, device: Device, config: LaunchConfig) -> bool:
 
 
 def _gives_all_gradients(task: Task, device: Device, config: LaunchConfig) -> bool:
-    """In one tile, or added up by descriptor."""
+    """dq is stored, or added up by descriptor."""
     if task.op != BACKWARD:
         return True
-    text = text_for(task.problem, every_branch(task.problem), task.op, config, generated.names())
-    may = text is not None and may_give_all_gradients(task.problem, text) is None
-    return may and (text.one_tile or config.loads == "descriptor")  # type: ignore[union-attr]
+    problem, branches = task.problem, every_branch(task.problem)
+    text = text_for(problem, branches, task.op, config, generated.names())
+    if text is None or may_give_all_gradients(problem, branches, config, text) is not None:
+        return False
+    return config.loads == "descriptor" or not adds_up_dq(problem, branches, task.op, config, text)
 
 
 RULES = (_divides_a_class, _gives_all_gradients, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
