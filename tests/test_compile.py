@@ -13,6 +13,7 @@ from dilated_attention_pytorch import device, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
+from dilated_attention_pytorch.runtime.variants import adds_up_dq
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -142,6 +143,8 @@ CHOSEN = (
     ("s2048_d2_even", "bwd", DESCRIBED, 64),
     ("general_one_even", "bwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="descriptor"), 128),
     ("s128_d1_all_one_even", "bwd", LaunchConfig(128, 128, num_warps=8, num_stages=1), 64),
+    ("s128_d1_all_one_even", "fwd", LaunchConfig(32, 128, num_warps=4, num_stages=1, loads="descriptor"), 128),
+    ("s128_d1_all_even", "bwd", LaunchConfig(32, 128, num_warps=8, num_stages=2), 64),
     ("s1024_2048_d1_2_even", "fwd", replace(DESCRIBED, carried=True), 128),
     ("s1024_2048_d1_2_even", "bwd", DESCRIBED, 64),
 )
@@ -154,7 +157,9 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     """A branch of a text that no untuned default enters: refused, spilling, or larger than the tuner reckons with."""
     variant = Variant.from_name(name)
     problem = case_problem(variant, head_dim=head_dim)
-    choice = Choice(op, 0, variant, config, "test", "", (), tuple(range(1, len(problem.branches))))
+    branches = tuple(range(len(problem.branches)))
+    choice = Choice(op, 0, variant, config, "test", "", (), branches[1:])
+    choice = replace(choice, adds_up=adds_up_dq(problem, branches, op, config, variant))
     found = compile_offline(problem, choice, "sm_90")
     assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
     assert found.spills == 0

@@ -162,7 +162,9 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     if config.carried or op == BACKWARD:
         plain = "dkdv" if op == BACKWARD else op
         between = config.block_m * config.block_n * _operand_bytes(dtype, arch)
-        added = config.block_m * padded_head_dim(head_dim) * 4 if op == BACKWARD else 0
+        # The dq of fewer rows than a warpgroup takes is rearranged on its way.
+        copies = 0 if op != BACKWARD else 2 if config.block_m < 64 else 1
+        added = config.block_m * padded_head_dim(head_dim) * 4 * copies
         return shared_bytes(plain, head_dim, dtype, replace(config, carried=False), arch) + between + added
     backward = op != "fwd"
     stages = 1 if arch == "sm_75" else config.num_stages  # it has no asynchronous copies to pipeline
@@ -180,7 +182,8 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         # Each operand lies there in two halves.
         return 2 * (held + stages * loop) * row + vectors
     if stages == 1:
-        buffers = {"fwd": 1, "dkdv": 3, "dq": 2}[op]
+        # Descriptors load to shared memory alone, so both tiles of a turn lie there.
+        buffers = {"fwd": 2 if config.loads == "descriptor" else 1, "dkdv": 3, "dq": 2}[op]
         between = 0 if backward else between
     elif arch in ("sm_90", "sm_100", "sm_103") and stay >= 64:
         # These tensor cores read the buffers themselves: one more is in use.
