@@ -159,6 +159,8 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     tensor cores take it from registers; lse and delta are buffered like tiles. What is carried to the next turn of the
     loop, and what is added to memory by descriptor, passes through it too.
     """
+    if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
+        return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
     if config.carried or op == BACKWARD:
         plain = "dkdv" if op == BACKWARD else op
         between = config.block_m * config.block_n * _operand_bytes(dtype, arch)

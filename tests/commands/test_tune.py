@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dilated_attention_pytorch import _layout, cli, device
-from dilated_attention_pytorch.config import OPS
+from dilated_attention_pytorch.config import EVERY_OP, OPS
 from dilated_attention_pytorch.tuning import problems, screening
 from dilated_attention_pytorch.workloads import named
 
@@ -119,7 +119,8 @@ def test_screening_ranks_what_compiles(tmp_path: Path, capsys: pytest.CaptureFix
     given[3] = "bf16"
     assert cli.main(["screen", "--arch", "sm_120", *given, "--processes", "2"]) == 0
     ranked = json.loads(output.read_text(encoding="utf-8"))
-    assert ranked["arch"] == "sm_120" and len(ranked["problems"]) == 9
+    # Three patterns, by each kernel and by one launch for all gradients.
+    assert ranked["arch"] == "sm_120" and len(ranked["problems"]) == 3 * len(EVERY_OP)
     for problem in ranked["problems"]:
         spills = [row["resources"]["spills"] for row in problem["candidates"]]
         assert spills == sorted(spills) and len(spills) + len(problem["failed"]) >= 2

@@ -59,6 +59,17 @@ def test_what_a_joint_launch_stands_in_for_is_tuned_before_it() -> None:
     ]
 
 
+@pytest.mark.parametrize("gpu", ["h100", "a100", "l4", "rtx-5090", "t4", "mi300x"])
+def test_every_candidate_for_all_gradients_gives_them(gpu: str) -> None:
+    """The smallest tiles, taken for want of larger ones that fit, in a text that never writes dq."""
+    on = device.simulated(gpu)
+    asked = [task for task in problems.of_calls(problems.preset("quick"), on) if task.op == "bwd"]
+    for task in asked:
+        every = space.space(task, on)
+        assert all(space._gives_all_gradients(task, on, candidate.config) for candidate in every), title(task)
+    assert asked or gpu == "t4"
+
+
 def test_hosts_share_all_tasks() -> None:
     """A problem that no host tunes, or two do."""
     shared = [task for host in range(3) for task in problems.shard(EVERY, (host, 3))]

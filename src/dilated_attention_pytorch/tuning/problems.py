@@ -130,11 +130,13 @@ def default_config(task: Task, device: Device) -> LaunchConfig:
     """The untuned configuration that the ladder would come to, the floor included."""
     problem = task.problem
     found = untuned(problem, every_branch(problem), task.op, device.arch)
-    for config in (*found, *heuristics.FLOOR):
-        need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, config, device.arch)
-        if need <= device.shared_bytes:
-            return config
-    return heuristics.FLOOR[-1]
+    fitting = (config for config in (*found, *heuristics.FLOOR) if _fits(problem, task.op, config, device))
+    return next(fitting, heuristics.FLOOR[-1])
+
+
+def _fits(problem: Problem, op: str, config: LaunchConfig, device: Device) -> bool:
+    """By the estimate."""
+    return heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch) <= device.shared_bytes
 
 
 def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]:
@@ -166,6 +168,8 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
 def _operations(problem: Problem, branches: tuple[int, ...], device: Device) -> tuple[str, ...]:
     """The launches of some branches; one for the whole backward where there is a text that may pay."""
     for config in untuned(problem, branches, BACKWARD, device.arch):
+        if not _fits(problem, BACKWARD, config, device):
+            continue
         variant = text_for(problem, branches, BACKWARD, config, generated.names())
         if variant is not None and may_give_all_gradients(problem, branches, config, variant) is None:
             return ("fwd", BACKWARD)
