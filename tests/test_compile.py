@@ -13,7 +13,6 @@ from dilated_attention_pytorch import device, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
-from dilated_attention_pytorch.runtime.variants import adds_up_dq
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -61,7 +60,7 @@ def compiled(
 ) -> tuple[Resources, int]:
     """What the launch takes, and what the plan believes that it takes; `quick` is with tiles that compile soon."""
     config = FLOOR[0] if quick and not ALL and not variant.one_tile else _config(variant, op, arch, problem)
-    choice = Choice(op, 0, variant, config, "test", "", (), tuple(range(1, len(problem.branches))), merge)
+    choice = Choice.of(problem, op, tuple(range(len(problem.branches))), variant, config, "test", "", merge=merge)
     estimate = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
     return compile_offline(problem, choice, arch), estimate
 
@@ -169,9 +168,7 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     """A branch of a text that no untuned default enters: refused, spilling, or larger than the tuner reckons with."""
     variant = Variant.from_name(name)
     problem = case_problem(variant, head_dim=head_dim)
-    branches = tuple(range(len(problem.branches)))
-    choice = Choice(op, 0, variant, config, "test", "", (), branches[1:])
-    choice = replace(choice, adds_up=adds_up_dq(problem, branches, op, config, variant))
+    choice = Choice.of(problem, op, tuple(range(len(problem.branches))), variant, config, "test", "")
     found = compile_offline(problem, choice, "sm_90")
     assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
     assert found.spills == 0

@@ -55,7 +55,8 @@ def head_offsets(rule: str, heads: int, rate: int) -> tuple[int, ...]:
     raise ConfigError(f"head_offset must be 'cyclic', 'blocked' or 'zero' to follow a rule, got {rule!r}")
 
 
-_SIZES = ("block_m", "block_n", "num_warps", "num_stages")
+SIZES = ("block_m", "block_n", "num_warps", "num_stages")
+"""Fields of a `LaunchConfig` that are always written; the others are where they have not their default."""
 
 
 @dataclass(frozen=True, order=True)
@@ -114,7 +115,7 @@ class LaunchConfig:
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name in _SIZES or getattr(self, field.name) != field.default
+            if field.name in SIZES or getattr(self, field.name) != field.default
         }
 
 

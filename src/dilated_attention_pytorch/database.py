@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from . import _layout, device
 from ._strict_yaml import Field
 from ._strict_yaml import load as load_yaml
 from .call_config import CallConfig
-from .config import DTYPE_BYTES, EVERY_OP, FLAGS, GRID_CAP, LaunchConfig, ProblemKey, round_rows
+from .config import DTYPE_BYTES, EVERY_OP, FLAGS, GRID_CAP, SIZES, LaunchConfig, ProblemKey, round_rows
 from .device import Device, Toolchain
 from .errors import ConfigError, DatabaseError, MissingPackageError
 from .source_hash import kernel_hash
@@ -332,8 +332,7 @@ def _call_config(item: Field) -> CallConfig:
 
 
 def _launch_config(item: Field) -> LaunchConfig:
-    optional = tuple(field.name for field in fields(LaunchConfig) if field.default is not MISSING)
-    found = item.fields(tuple(name for name in _names(LaunchConfig) if name not in optional), optional)
+    found = item.fields(SIZES, tuple(name for name in _names(LaunchConfig) if name not in SIZES))
     words: dict[str, Callable[[Field], Any]] = {"loads": Field.text, "carried": Field.truth}
     return LaunchConfig(**{name: words.get(name, partial(Field.integer, at_least=1))(f) for name, f in found.items()})
 

@@ -11,7 +11,7 @@ import torch
 
 import dilated_attention_pytorch as dap
 from dilated_attention_pytorch import device
-from dilated_attention_pytorch.config import EVERY_OP, LaunchConfig, Problem, ProblemKey
+from dilated_attention_pytorch.config import EVERY_OP, OPS, LaunchConfig, Problem, ProblemKey
 from dilated_attention_pytorch.database import Entry
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Plan, plan
@@ -58,6 +58,16 @@ def test_the_backward_is_as_measured(tmp_path: Path, apart: float | None, launch
 def test_nobody_guesses(tmp_path: Path) -> None:
     """A launch whose gain depends on the GPU, made where nobody has measured it."""
     assert ops(backward(tmp_path, EVEN, entry("dkdv", EVEN))) == ["dkdv", "dq"]
+
+
+def test_what_was_not_measured_is_not_asked_for(tmp_path: Path) -> None:
+    """A call that is refused for want of a measurement of one launch, with both that it stands in for measured."""
+    near = entry("bwd", EVEN, branches=((256, 1),))
+    every = [entry(op, EVEN) for op in OPS]
+    committed = database_at(tmp_path / "db", {"h100": [near, *every]})
+    strict = Options(on_miss="error")
+    assert ops(plan(EVEN, H100, options=strict, toolchain=TOOLCHAIN, committed=committed)) == ["dkdv", "dq"]
+    assert ops(plan(EVEN, H100, toolchain=TOOLCHAIN, committed=committed)) == ["bwd"]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,17 @@ def test_a_run_that_is_killed_goes_on(quick: Settings) -> None:
     assert {entry.key for entry in saved} == {task.key for task in what}
 
 
+def test_what_is_stood_in_for_is_launched_whatever_calls_make(quick: Settings, tmp_path: Path) -> None:
+    """Tuned again, one launch for all gradients is compared with nothing, because calls have made it since."""
+    what = tasks(replace(standin.PROBLEM, branches=((96, 2),)))
+    first = standin.run(what, quick)
+    joint = [task for task in what if task.op == "bwd"]
+    again = standin.run(joint, replace(quick, journal=tmp_path / "again.jsonl"))
+    (found,) = [candidate_of(row) for row in again.measurements if (row.route, row.stage) == ("apart", "finals")]
+    picks = {pick.key.op: pick.config for pick in first.picks}
+    assert [(op, config.to_dict()) for op, _, config in found.launches] == [(op, picks[op]) for op in ("dkdv", "dq")]
+
+
 def test_calls_follow_what_was_measured_of_a_pass(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice that is measured and not recorded, or recorded and not followed, or compared with other tiles."""
 

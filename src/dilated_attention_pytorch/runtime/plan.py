@@ -62,6 +62,25 @@ class Choice:
     merge: bool = False
     adds_up: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        op: str,
+        branches: tuple[int, ...],
+        variant: Variant,
+        config: LaunchConfig,
+        rung: str,
+        why: str,
+        passed: tuple[tuple[str, str], ...] = (),
+        *,
+        merge: bool = False,
+    ) -> Choice:
+        """The launch of some branches of a problem, the narrowest first."""
+        first, *wider = branches
+        adds_up = adds_up_dq(problem, branches, op, config, variant)
+        return cls(op, first, variant, config, rung, why, passed, tuple(wider), merge, adds_up)
+
     @property
     def branches(self) -> tuple[int, ...]:
         """All branches that the launch computes, the narrowest first."""
@@ -264,6 +283,41 @@ def _plan(
     measured = _measured_calls(problem, options, toolchain, committed) if device is None else ()
     refused = tuple(("triton", reason) for reason in reasons)
     return Plan(problem, device, "torch", (), refused, rung="torch", calls=measured)
+
+
+def launches_of(
+    problem: Problem,
+    device: Device,
+    op: str,
+    options: Options = DEFAULTS,
+    *,
+    toolchain: Toolchain | None = None,
+    committed: Database | None = None,
+) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+    """The launches of one operation whatever a call makes of the others, and joint ones of it that were beaten.
+
+    Args:
+        problem: As in `plan`; so are the others.
+        device: As there.
+        op: "fwd", "dkdv", "dq", or "bwd", of which nothing is launched that nobody measured.
+        options: As there.
+        toolchain: As there.
+        committed: As there.
+
+    Raises:
+        UnsupportedError: No kernel takes the problem, or not even the smallest tiles fit the device.
+    """
+    told = _toolchain() if toolchain is None else toolchain
+    found = database.load() if committed is None else committed
+    if reasons := refusals(problem, device, told):
+        raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
+    question = _Question(problem, device, options, True, told, found, _overlay_of(options), _rendered())
+    beaten: list[Choice] = []
+    try:
+        parts = [_joint_or_apart(question, op, branches, beaten) for branches in launch_order(problem, question.texts)]
+    except _NothingFits as error:
+        raise UnsupportedError(str(error)) from error
+    return tuple(itertools.chain(*parts)), tuple(beaten)
 
 
 def launch_order(problem: Problem, texts: frozenset[str]) -> list[tuple[int, ...]]:
@@ -505,19 +559,24 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
                 passed.append((rung, reason))
                 continue
             if unfit is None:
+                if op == BACKWARD and _is_miss(question, op, rung):
+                    continue  # what it stands in for may be measured
                 _refuse_miss(question, op, rung)
-                branch, *wider = question.branches
-                adds_up = adds_up_dq(question.problem, question.branches, op, config, variant)
-                told = rung, why, tuple(passed), tuple(wider)
-                return Choice(op, branch, variant, config, *told, adds_up=adds_up), times
+                told = rung, why, tuple(passed)
+                return Choice.of(question.problem, op, question.branches, variant, config, *told), times
             passed.append((rung, unfit))
     if stood_in_for(op, question.branches):
         return None
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
 
 
+def _is_miss(question: _Question, op: str, rung: str) -> bool:
+    """The caller wants nothing that was not measured, and this was not."""
+    return question.options.on_miss == "error" and rung not in MEASURED and (op == "fwd" or question.backward)
+
+
 def _refuse_miss(question: _Question, op: str, rung: str) -> None:
-    if question.options.on_miss == "error" and rung not in MEASURED and (op == "fwd" or question.backward):
+    if _is_miss(question, op, rung):
         raise DatabaseMiss(
             f'on_miss="error": {question.device.name} has no measurement for {question.lookup(op).key}; tune it, '
             f'or allow what rung {rung!r} has with options(on_miss="fallback")'

@@ -55,7 +55,7 @@ def adds_up_dq(problem: Problem, branches: tuple[int, ...], op: str, config: Lau
     """A launch for all gradients whose programs add up dq in memory: no tile of keys holds a segment's."""
     if op != BACKWARD or variant.one_tile:
         return False
-    holdable = variant.even and isinstance(variant.segment, int | None) and not variant.wider
+    holdable = variant.even and variant.segment != "full" and not variant.wider
     every_query = variant.queries == "dilated" or variant.dilation == 1
     return not (holdable and every_query and config.block_n == problem.rows(branches[0]))
 

@@ -16,7 +16,7 @@ from ..config import Problem, ProblemKey, cdiv
 from ..database import FOLD, FRESH, INVALID, KERNEL_STALE, TOOLCHAIN_STALE, Database, Entry
 from ..device import CPU, LEAST_SHARED_BYTES, SHARED_BYTES, Device, Toolchain
 from ..errors import DatabaseError, DilatedAttentionError
-from ..runtime.plan import Choice, plan
+from ..runtime.plan import Choice, launches_of
 from ..runtime.variants import key_of
 from ..variant import Variant
 from ..workloads import near_square
@@ -175,8 +175,8 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
     problem = asking(entry.key, variant)
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
-    wider = tuple(range(1, len(problem.branches)))
-    choice = Choice(entry.key.op, 0, variant, entry.launch, "exact", "", (), wider)
+    branches = tuple(range(len(problem.branches)))
+    choice = Choice.of(problem, entry.key.op, branches, variant, entry.launch, "exact", "")
     return compile_offline(problem, choice, row.arch)
 
 
@@ -244,13 +244,13 @@ def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
         return
     toolchain = Toolchain(row.entry.provenance.triton)
     try:
-        planned = plan(problem, device, "triton", toolchain=toolchain, committed=found)
+        launched, beaten = launches_of(problem, device, row.entry.key.op, toolchain=toolchain, committed=found)
     except DilatedAttentionError as error:
         yield f"no call can use it: {error}; remove the entry"
         return
     whole = tuple(range(len(problem.branches)))
-    choices = [choice for choice in (*planned.launches, *planned.beaten) if choice.op == row.entry.key.op]
-    choice = next((choice for choice in choices if choice.branches == whole), None)
+    named = ((choice.op, choice.branches, choice) for choice in (*launched, *beaten))
+    choice = next((choice for op, branches, choice in named if (op, branches) == (row.entry.key.op, whole)), None)
     if choice is None:
         yield "no call can use it: no text computes these branches in one pass; remove the entry"
         return

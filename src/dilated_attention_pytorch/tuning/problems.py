@@ -10,7 +10,7 @@ from ..call_config import OPS as CALL_OPS
 from ..config import BACKWARD, DTYPE_BYTES, OPS, LaunchConfig, Problem, ProblemKey
 from ..device import CPU, Device
 from ..runtime.plan import Choice, launch_order, untuned
-from ..runtime.variants import adds_up_dq, key_of, may_give_all_gradients, query_rows, stood_in_for, text_for
+from ..runtime.variants import key_of, may_give_all_gradients, query_rows, stood_in_for, text_for
 from ..workloads import WORKLOADS, named
 from . import grid
 
@@ -119,11 +119,10 @@ def launched(
     merge: bool = False,
 ) -> Choice:
     """The launch of some branches, or of all, with a configuration, whether or not it fits the device."""
-    first, *wider = branches = branches or every_branch(problem)
+    branches = branches or every_branch(problem)
     variant = text_for(problem, branches, op, config, texts)
     assert variant is not None, "the plan of the task found a text"
-    adds_up = adds_up_dq(problem, branches, op, config, variant)
-    return Choice(op, first, variant, config, "config", "tuning", (), tuple(wider), merge, adds_up)
+    return Choice.of(problem, op, branches, variant, config, "config", "tuning", merge=merge)
 
 
 def default_config(task: Task, device: Device) -> LaunchConfig:

@@ -20,7 +20,7 @@ from ..database import Resources
 from ..device import CPU, Device
 from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from ..runtime.options import Options
-from ..runtime.plan import plan
+from ..runtime.plan import launches_of
 from ..runtime.variants import key_of, stood_in_for
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
@@ -334,7 +334,7 @@ class _Tuning:
         if pick is not None:
             return [(op, branches, candidate_of(pick).config)]
         alone = replace(problem, branches=tuple(problem.branches[branch] for branch in branches))
-        found = plan(alone, self._device, "triton", Options(database=self._settings.root)).of(op)
+        found, _ = launches_of(alone, self._device, op, Options(database=self._settings.root))
         return [(op, tuple(branches[branch] for branch in choice.branches), choice.config) for choice in found]
 
     def _ask(self, active: _Active, rows: list[Measurement] | None) -> None:
