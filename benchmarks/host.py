@@ -1,4 +1,4 @@
-"""What the host takes to queue a call, beside `scaled_dot_product_attention`: `python -m benchmarks.host [RESULT]`.
+"""What the host takes to queue a call, beside `scaled_dot_product_attention`: `python -m benchmarks.host`.
 
 It matters wherever the GPU is faster than the host: short sequences, small models, generation. A series of calls is
 queued without waiting for the GPU, and is short enough for its queue; series of all contenders take turns. The backward
@@ -8,6 +8,7 @@ Python that saves its inputs and allocates its results.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -50,6 +51,11 @@ def cases() -> dict[str, Problem]:
 
 def main() -> int:
     """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="the result file; named after the GPU unless given")
+    arguments = parser.parse_args()
     gpu = device.current()
     if gpu is None:
         print("this measurement needs a GPU")
@@ -61,7 +67,7 @@ def main() -> int:
         "environment": environment(),
         "rows": rows,
     }
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"host_{gpu.name}.json"
+    path = arguments.output or RESULTS / f"host_{gpu.name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     show(rows)
     return 0

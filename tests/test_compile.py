@@ -174,6 +174,16 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     assert found.spills == 0
 
 
+@pytest.mark.parametrize("rows", [128, 256])
+def test_tiles_of_tf32_take_what_the_plan_reckons_with(rows: int) -> None:
+    """A tile read from both sides that is counted once: the call ends with the compiler's error, not with our own."""
+    variant = Variant.from_name("general_all_one_even")
+    problem = case_problem(variant, head_dim=16, dtype="fp32", tf32=True)
+    config = LaunchConfig(rows, 64, num_warps=8, num_stages=1)
+    found = compile_offline(problem, Choice.of(problem, "dkdv", (0,), variant, config, "test", ""), "sm_90")
+    assert found.shared_bytes <= heuristics.shared_bytes("dkdv", 16, "fp32", config, "sm_90")
+
+
 def test_specialised_text_is_smaller_than_the_general_one() -> None:
     """An even text that still carries the tail's code: it must need no more registers than the ragged one."""
     even, ragged = (Variant.from_name(name) for name in ("s2048_d2_even", "s2048_d2"))

@@ -181,8 +181,9 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         return max(stay * row, buffers * loop * row + between) + vectors
     held = 2 * stay if backward else stay
     if _splits(dtype, arch):
-        # Each operand lies there in two halves.
-        return 2 * (held + stages * loop) * row + vectors
+        # Each operand lies there in two halves; one product of tf32 reads the tiles of many queries from both sides.
+        sides = held + 4 * loop if op == "dkdv" and loop >= 128 else 0
+        return max(2 * (held + stages * loop), sides) * row + vectors + (4 * loop if sides else 0)
     if stages == 1:
         # Descriptors load to shared memory alone, so both tiles of a turn lie there.
         buffers = {"fwd": 2 if config.loads == "descriptor" else 1, "dkdv": 3, "dq": 2}[op]

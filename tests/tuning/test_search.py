@@ -97,6 +97,14 @@ def test_who_fails_on_tails_does_not_win() -> None:
     assert [request.candidates for request in bench.asked if request.ragged] == 2 * [(OTHERS[0],)] + 2 * [(OTHERS[1],)]
 
 
+def test_who_runs_on_no_tails_is_not_asked_about_them() -> None:
+    """The fastest launch for all gradients fell for the sizes that no call hands it; the others still answer."""
+    bench = Bench({OTHERS[0]: 10.0}, {("tails", candidate): "correctness" for candidate in EVERY})
+    verdict = bench.run(EVERY, tailed=lambda candidate: candidate != OTHERS[0])
+    assert verdict is not None and candidate_of(verdict.winner) == OTHERS[0]
+    assert bench.run(EVERY, tailed=lambda candidate: True) is None
+
+
 def test_a_candidate_far_behind_is_dropped_early() -> None:
     """Seconds for what can no longer win."""
     bench = Bench({DEFAULT: 100.0})

@@ -82,6 +82,7 @@ def search(
     finalists: int = FINALISTS,
     steps: int = STEPS,
     neighbours: Callable[[Candidate], Sequence[Candidate]] = lambda candidate: (),
+    tailed: Callable[[Candidate], bool] = lambda candidate: True,
     hurry: Callable[[], bool] = lambda: False,
 ) -> Search:
     """Find the winner.
@@ -94,6 +95,7 @@ def search(
         finalists: Of those that raced, the default and the incumbent apart.
         steps: Candidates that the step adds at most.
         neighbours: What lies around a candidate.
+        tailed: Calls of ragged sizes take a candidate too: there is something to check.
         hurry: Time is over: no further candidate is begun, those that were raced go to the finals.
 
     Yields:
@@ -116,7 +118,7 @@ def search(
     finals = [row for row in rows if candidate_of(row) != apart]
     while finals:
         winner, why = decide(finals, default, incumbent)
-        if (yield from _right_on_tails(candidate_of(winner))):
+        if not tailed(candidate_of(winner)) or (yield from _right_on_tails(candidate_of(winner))):
             yield from _timed_rivals(rivals)
             beside = next((row for row in rows if candidate_of(row) == apart), None)
             return Verdict(winner, why, tuple(finals), len(racing.rows), beside)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import database, generated
-from ..config import Problem, ProblemKey
+from ..config import BACKWARD, Problem, ProblemKey
 from ..database import Resources
 from ..device import CPU, Device
 from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from ..runtime.options import Options
 from ..runtime.plan import launches_of
-from ..runtime.variants import key_of, stood_in_for
+from ..runtime.variants import key_of, may_give_all_gradients, stood_in_for
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
 from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
@@ -288,6 +288,7 @@ class _Tuning:
             finalists=self._settings.finalists,
             steps=self._settings.steps,
             neighbours=lambda candidate: space.neighbours(task, self._device, candidate),
+            tailed=partial(self._is_tailed, task),
             hurry=lambda: self._hurry,
         )
         earlier: dict[tuple[str, Candidate], deque[Measurement]] = defaultdict(deque)
@@ -300,6 +301,14 @@ class _Tuning:
             self._write(ProblemRow(task.key, task.workload, task.weight, task.flops, task.bytes, default, held))
         self._active.append(active)
         self._ask(active, None)
+
+    def _is_tailed(self, task: Task, candidate: Candidate) -> bool:
+        """All gradients in one launch are for even sizes in most texts: calls of ragged ones launch them apart."""
+        if task.op != BACKWARD:
+            return True
+        problem = ragged_problem(task.problem)
+        choice = launched(problem, task.op, candidate.config, self._texts)
+        return may_give_all_gradients(problem, choice.branches, choice.config, choice.variant) is None
 
     def _incumbent(self, task: Task) -> Candidate | None:
         """What is given or the database has for this very key; a resumed run keeps to what it began with."""
