@@ -70,8 +70,10 @@ def _dtype(precision: str) -> str:
     return "fp32" if precision == "tf32" else precision
 
 
-def _fit(config: dict[str, LaunchConfig], head_dim: int, precision: str) -> bool:
+def _fit(config: dict[str, LaunchConfig] | None, head_dim: int, precision: str) -> bool:
     """Tiles that a test asks for and a caller could."""
+    if config is None:
+        return True
     gpu = device.current()
     assert gpu is not None
     sizes = (heuristics.shared_bytes(op, head_dim, _dtype(precision), tiles, gpu.arch) for op, tiles in config.items())
@@ -93,8 +95,9 @@ def test_variant(name: str, precision: str, record: Callable[..., None]) -> None
     """A text that is wrong in one dtype or width, writes beside its outputs or leaves some unwritten."""
     variant = Variant.from_name(name)
     number = list(VARIANTS).index(variant) + 3 * PRECISIONS.index(precision)
-    config = pattern_config(variant) if variant.one_tile else None
-    widths = [D for D in ONE_TILE_HEAD_DIMS if _fit(config, D, precision)] if config else HEAD_DIMS
+    # The untuned tiles would hold the few rows of a general text's case.
+    config = pattern_config(variant) if variant.one_tile or variant.segment is None else None
+    widths = [D for D in (ONE_TILE_HEAD_DIMS if variant.one_tile else HEAD_DIMS) if _fit(config, D, precision)]
     case = pattern_case(
         variant,
         heads=4,

@@ -1,0 +1,104 @@
+"""What the tuner launches is what was compiled ahead of it, and what calls launch after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import device as devices
+from dilated_attention_pytorch.config import EVERY_OP, LaunchConfig, Problem
+from dilated_attention_pytorch.generated import names
+from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.plan import Plan
+from dilated_attention_pytorch.tuning import routes, scenes, screen
+from dilated_attention_pytorch.tuning.problems import launched
+from dilated_attention_pytorch.tuning.space import Candidate
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+H100 = devices.simulated("h100")
+KINDS = {
+    "dilated": Problem("bf16", 1, 2048, 4, 4, 64, ((512, 4),)),
+    "one-tile": Problem("bf16", 2, 512, 4, 4, 64, ((128, 2),), "all", "zero", "snake", row_width=32),
+    "hilbert-mask": Problem("fp16", 1, 1000, 4, 2, 48, ((256, 2),), order="hilbert", mask=True, causal=True),
+    "chain": Problem("bf16", 1, 4096, 4, 4, 64, ((1024, 1), (2048, 2))),
+}
+Prepared = tuple[Any, Mapping[str, Any], int]
+
+
+class Caught:
+    """In the place of what launches: keeps what it was handed."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Prepared] = []
+
+    def __call__(self, prepared: Prepared, config: LaunchConfig) -> launch.Launch:
+        self.prepared.append(prepared)
+        return launch.Launch(None, prepared[1], prepared[2])
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("loads", ["pointer", "descriptor"])
+@pytest.mark.parametrize(
+    ("op", "kind"), [(op, kind) for op in EVERY_OP for kind in KINDS if (op, kind) != ("bwd", "hilbert-mask")]
+)
+def test_what_is_launched_was_compiled(op: str, kind: str, loads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring process compiled each dK/dV kernel once more, for an argument that it alone left out: 50 problems
+    took 178 s, not 90."""
+    problem = KINDS[kind]
+    block = 64 if kind == "one-tile" else 32
+    config = LaunchConfig(128 if kind == "one-tile" else 32, block, num_stages=1, loads=loads)
+    choice = launched(problem, op, config, names())
+    found: dict[str, Any] = {}
+
+    def compiled(ready: Prepared, config: LaunchConfig, arch: str) -> None:
+        found["ahead"] = ready
+
+    monkeypatch.setattr(screen, "_compiled", compiled)
+    screen.compile_offline(problem, choice, H100.arch)
+    scene = scenes.scene(problem, op, False, H100, torch.device("cpu"), 0, exact=False)
+
+    by_tuner, by_call = Caught(), Caught()
+    monkeypatch.setattr(routes, "run_kernel", by_tuner)
+    outputs, _ = scenes.fresh(scene, 512)
+    routes.kernel(scene, Candidate.of(config))(outputs)()
+    found["tuner"] = by_tuner.prepared[-1]
+
+    monkeypatch.setattr(launch, "run_kernel", by_call)
+    sides = {"scale": scene.scale, "index": scene.index, "mask": scene.mask, "offsets": scene.offsets}
+    if op == "fwd":
+        launch.forward(Plan(problem, H100, "triton", (choice,), (), "config"), scene.q, scene.k, scene.v, **sides)  # type: ignore[arg-type]
+    else:
+        plan = Plan(problem, H100, "triton", (replace(choice, op="fwd", adds_up=False), choice), (), "config")
+        given = scene.q, scene.k, scene.v, scene.out, scene.lse, scene.dout, None
+        launch.backward(plan, *given, **sides)  # type: ignore[arg-type]
+    found["call"] = by_call.prepared[-1]
+
+    kernels = {name: ready[0] for name, ready in found.items()}
+    assert set(kernels.values()) == {kernels["ahead"]}
+    specialised = {name: screen._specialised(*ready[:2]) for name, ready in found.items()}
+    assert specialised["tuner"] == specialised["ahead"]
+    assert specialised["call"] == specialised["ahead"]
+
+
+def test_offsets_are_not_a_reason_to_compile_again() -> None:
+    """Whole problems and those that are checked differ in numbers alone."""
+    whole = KINDS["dilated"]
+    small = scenes.small(whole)
+    assert small != whole
+    config = LaunchConfig(32, 32, num_stages=1)
+    found = []
+    for problem in (whole, small):
+        choice = launched(problem, "dkdv", config, names())
+        values = launch.branch_values(problem, choice, HeadOffsets((), None), screen._shared(problem, "none", "sm_90"))
+        found.append(screen._specialised(*launch.prepared(choice, values)[:2]))
+    assert found[0] == found[1]
