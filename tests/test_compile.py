@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from codegen.matrix import VARIANTS
-from dilated_attention_pytorch import device, heuristics
+from dilated_attention_pytorch import device, generated, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
@@ -71,7 +71,7 @@ def _config(variant: Variant, op: str, arch: str, problem: Problem) -> LaunchCon
         config = pattern_config(variant)
         assert config is not None
         return config[op]
-    configs = untuned(problem, tuple(range(len(problem.branches))), op, arch)
+    configs = untuned(problem, tuple(range(len(problem.branches))), op, arch, generated.names())
     limit = device.SHARED_BYTES[arch]
     fitting = [c for c in configs if heuristics.shared_bytes(op, problem.head_dim, problem.dtype, c, arch) <= limit]
     return (fitting or list(FLOOR))[0]

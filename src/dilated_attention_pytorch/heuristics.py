@@ -40,6 +40,14 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2), (32, 32, 4, 1)), 512: ((32, 16, 4, 1),)},
     },
 }
+# By tensor descriptor, of rows of 128 elements at least: measured on an H100 at 128 to 8192 rows.
+_DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
+    "fwd": {128: ((64, 128, 4, 2),)},
+    "dkdv": {128: ((32, 64, 4, 4),)},
+    "dq": {128: ((64, 64, 4, 3),)},
+}
+DESCRIBED_ROWS = 128
+"""Segments of fewer rows, queries or keys, are not loaded by descriptor untuned: nobody has timed it."""
 # float32 without tensor cores, and so all that sm_75 and AMD's have: small tiles, or registers overflow.
 _WIDE: dict[int, _Sizes] = {512: ((32, 32, 4, 2), (32, 32, 4, 1)), 1024: ((16, 16, 4, 1),)}
 _FLOAT32: dict[str, dict[int, _Sizes]] = {
@@ -79,7 +87,7 @@ _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm
 
 
 def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
-    """Untuned configurations, best first; the caller takes the first that fits its device.
+    """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
     Args:
         op: "fwd", "dkdv" or "dq".
@@ -96,8 +104,12 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         sizes = _FLOAT32[op][row_bytes]
     else:
         sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
+    described: list[LaunchConfig] = []
+    if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
+        by_descriptor = _DESCRIBED_ON_HOPPER[op].get(max(row_bytes, 128), ())
+        described = [LaunchConfig(*size, loads="descriptor") for size in by_descriptor]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
-    return list(dict.fromkeys(configs))
+    return list(dict.fromkeys((*described, *configs)))
 
 
 def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -> list[LaunchConfig]:

@@ -423,7 +423,7 @@ def _stale(question: _Question, op: str) -> list[_Offer]:
 def _heuristic(question: _Question, op: str) -> list[_Offer]:
     if op == BACKWARD:
         return []  # nobody knows whether it pays before it is measured
-    configs = untuned(question.problem, question.branches, op, question.device.arch)
+    configs = untuned(question.problem, question.branches, op, question.device.arch, question.texts)
     return [_estimated(question, op, config, f"untuned default for {question.device.arch}") for config in configs]
 
 
@@ -502,15 +502,27 @@ def _joint_or_apart(question: _Question, op: str, branches: tuple[int, ...], bea
     return [launch for part in stood_in_for(op, branches) for launch in _joint_or_apart(question, *part, beaten)]
 
 
-def untuned(problem: Problem, branches: tuple[int, ...], op: str, arch: str) -> list[LaunchConfig]:
-    """The untuned configurations of a launch, best first."""
+def untuned(
+    problem: Problem, branches: tuple[int, ...], op: str, arch: str, texts: frozenset[str]
+) -> list[LaunchConfig]:
+    """The untuned configurations of a launch, best first; by descriptor where there is a text that takes any."""
     head_dim, dtype = problem.head_dim, problem.dtype
     if len(branches) > 1:
         return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
     if op == BACKWARD:
         return heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
-    return heuristics.default(op, head_dim, dtype, *rows_of, arch)
+    configs = heuristics.default(op, head_dim, dtype, *rows_of, arch)
+    return [
+        config for config in configs if config.loads == "pointer" or _is_described(problem, branches, op, config, texts)
+    ]
+
+
+def _is_described(
+    problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig, texts: frozenset[str]
+) -> bool:
+    variant = text_for(problem, branches, op, config, texts)
+    return variant is not None and variant.described
 
 
 def step_down(problem: Problem, choice: Choice) -> Choice:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Problem
 from ..device import Device
 from ..precision import DENSE_FACTOR, DOUT_FLOOR, TOLERANCES
 from . import scenes
@@ -35,6 +36,14 @@ HEAD_START_CYCLES = 400_000
 
 SCENES = 6
 """Scenes that a process keeps: those of two or three tasks that are searched at a time."""
+DRAWN_SHARE = 4
+"""A part of a GPU's memory that drawn tensors may take: a problem's operations share them, and come one by one."""
+DRAWN_BYTES = 1 << 30
+"""The same of a host's memory."""
+
+
+_SEEDS = {"small": 0, "ragged": 1, "whole": 2}
+"""Sizes of a task's problem, and what their numbers are drawn by."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ def bench(where: str, device: Device, routes: Mapping[str, Route] = ROUTES) -> C
     place = torch.device(where)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        torch.empty(1, device=place)
+    x = torch.zeros(1, device=place, requires_grad=True)
+    torch.autograd.grad(x.sum(), x)  # imports for seconds what the first check would wait for
     return Bench(place, device, routes)
 
 
@@ -116,6 +126,10 @@ class Bench:
     def __init__(self, where: torch.device, device: Device, routes: Mapping[str, Route]) -> None:
         self._where, self._device, self._routes = where, device, routes
         self._scenes: OrderedDict[tuple[Any, ...], Scene] = OrderedDict()
+        self._drawn: OrderedDict[tuple[Problem, str], Scene] = OrderedDict()
+        self._most = DRAWN_BYTES
+        if where.type == "cuda":
+            self._most = torch.cuda.get_device_properties(where).total_memory // DRAWN_SHARE
         self._clock = _GpuClock(where) if where.type == "cuda" else _CpuClock()
 
     def __call__(self, job: Job) -> Answer:
@@ -130,7 +144,7 @@ class Bench:
         except Corrupted as error:
             raise Fatal from error
         except Exception as error:
-            self._scenes.clear()
+            self._forget()
             if _is_sticky(error):
                 raise Fatal from error
             raise
@@ -141,7 +155,7 @@ class Bench:
             results, alone = self._run(scene, job.candidate)
             found = compare(scene, results, alone=alone)
             if found.wrong:
-                self._scenes.clear()  # a wrong candidate may have written anywhere
+                self._forget()  # a wrong candidate may have written anywhere
                 return found
             worst = max(worst, found, key=lambda checked: checked.error / checked.tolerance)
         return worst
@@ -161,14 +175,29 @@ class Bench:
         if label not in self._scenes:
             while len(self._scenes) >= SCENES:
                 self._scenes.popitem(last=False)
-            if size == "ragged":
-                made = (scenes.ragged(task.problem), task.op, False)
-            else:
-                made = (scenes.small(task.problem) if size == "small" else task.problem, task.op, task.merge)
-            seed = ("small", "ragged", "whole").index(size)
-            self._scenes[label] = scenes.scene(*made, self._device, self._where, seed, exact=size != "whole")
+            resized = {"small": scenes.small, "ragged": scenes.ragged}
+            problem = resized[size](task.problem) if size in resized else task.problem
+            merge = task.merge and size != "ragged"
+            self._scenes[label] = scenes.asked(self._tensors(problem, size), task.op, merge, _SEEDS[size])
         self._scenes.move_to_end(label)
         return self._scenes[label]
+
+    def _tensors(self, problem: Problem, size: str) -> Scene:
+        """Those of a problem, drawn when first asked for, and kept while there is room."""
+        label = (problem, size)
+        if label not in self._drawn:
+            held = sum(map(_bytes, self._drawn.values()))
+            while self._drawn and held > self._most:
+                held -= _bytes(self._drawn.popitem(last=False)[1])
+            exact = size != "whole"
+            self._drawn[label] = scenes.drawn(problem, self._device, self._where, _SEEDS[size], exact)
+        self._drawn.move_to_end(label)
+        return self._drawn[label]
+
+    def _forget(self) -> None:
+        """What a candidate may have written to."""
+        self._scenes.clear()
+        self._drawn.clear()
 
     def _run(self, scene: Scene, candidate: Candidate) -> tuple[Outputs, bool]:
         """Outputs of one launch, and whether they are those of the branch alone.
@@ -263,6 +292,12 @@ def compare(scene: Scene, results: Outputs, *, alone: bool = False) -> Checked:
             return Checked(error, tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}")
         worst = max(worst, Checked(error, tolerance), key=lambda checked: checked.error / checked.tolerance)
     return worst
+
+
+def _bytes(scene: Scene) -> int:
+    """Of the tensors that come with a problem."""
+    tensors = (scene.q, scene.k, scene.v, scene.dout, scene.out, scene.lse, scene.delta, *scene.alone.values())
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

@@ -128,7 +128,7 @@ def launched(
 def default_config(task: Task, device: Device) -> LaunchConfig:
     """The untuned configuration that the ladder would come to, the floor included."""
     problem = task.problem
-    found = untuned(problem, every_branch(problem), task.op, device.arch)
+    found = untuned(problem, every_branch(problem), task.op, device.arch, generated.names())
     fitting = (config for config in (*found, *heuristics.FLOOR) if _fits(problem, task.op, config, device))
     return next(fitting, heuristics.FLOOR[-1])
 
@@ -166,7 +166,7 @@ def of_calls(calls: Iterable[tuple[str, Problem]], device: Device) -> list[Task]
 
 def _operations(problem: Problem, branches: tuple[int, ...], device: Device) -> tuple[str, ...]:
     """The launches of some branches; one for the whole backward where there is a text that may pay."""
-    for config in untuned(problem, branches, BACKWARD, device.arch):
+    for config in untuned(problem, branches, BACKWARD, device.arch, generated.names()):
         if not _fits(problem, BACKWARD, config, device):
             continue
         variant = text_for(problem, branches, BACKWARD, config, generated.names())

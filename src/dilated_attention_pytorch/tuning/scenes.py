@@ -49,12 +49,15 @@ def _of_length(problem: Problem, length: int) -> Problem:
 
 
 def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.device, seed: int, exact: bool) -> Scene:
-    """The tensors of a problem and what its launch must write.
+    """What `drawn` and `asked` make together."""
+    return asked(drawn(problem, device, where, seed, exact), op, merge, seed)
+
+
+def drawn(problem: Problem, device: Device, where: torch.device, seed: int, exact: bool) -> Scene:
+    """The tensors of a problem and what comes of them, whatever operation is asked for.
 
     Args:
-        problem: A call of one branch.
-        op: "fwd", "dkdv", "dq" or "bwd".
-        merge: Outputs hold something, and the launch merges into it.
+        problem: A call of what one launch computes.
         device: What kernels are planned for.
         where: Where the tensors lie.
         seed: Of the numbers.
@@ -73,8 +76,8 @@ def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.d
         dropout = Dropout(DROPOUT_P, torch.full((1,), 1234 + seed, dtype=torch.int64, device=where))
     inputs = Scene(
         problem=problem,
-        op=op,
-        merge=merge,
+        op="",
+        merge=False,
         device=device,
         q=q,
         k=k,
@@ -96,9 +99,22 @@ def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.d
     inputs.out, inputs.lse = found["out"].to(q.dtype), found["lse"].float()
     inputs.delta = (dout.double() * found["out"].double()).sum(-1).transpose(1, 2).float().contiguous()
     inputs.alone = found
+    return inputs
+
+
+def asked(inputs: Scene, op: str, merge: bool, seed: int) -> Scene:
+    """A launch on drawn tensors, which it shares, and what it must write.
+
+    Args:
+        inputs: As `drawn`.
+        op: "fwd", "dkdv", "dq" or "bwd".
+        merge: Outputs hold something, and the launch merges into it.
+        seed: Of what they hold.
+    """
+    inputs = replace(inputs, op=op, merge=merge)
     if merge:
-        inputs.before = _earlier(inputs, generator)
-    inputs.expected = _mixed(inputs, found)
+        inputs.before = _earlier(inputs, torch.Generator(inputs.q.device).manual_seed(1000 + seed))
+    inputs.expected = _mixed(inputs, inputs.alone)
     return inputs
 
 
@@ -106,11 +122,11 @@ def rounded(inputs: Scene, *, alone: bool) -> Outputs:
     """What must come out but for lse, with the rounding of the problem's own dtype in every step of the branch.
 
     Args:
-        inputs: The scene; it keeps the result.
+        inputs: The scene; it keeps the result, and shares it with others on the same tensors.
         alone: Before anything is merged.
     """
     if not inputs.rounded:
-        inputs.rounded = _formula(inputs, inputs.q.dtype) | {"lse": inputs.alone["lse"]}
+        inputs.rounded.update(_formula(inputs, inputs.q.dtype) | {"lse": inputs.alone["lse"]})
     return inputs.rounded if alone else _mixed(inputs, inputs.rounded)
 
 
@@ -145,7 +161,7 @@ def _offsets(problem: Problem, where: torch.device) -> HeadOffsets:
 def _formula(inputs: Scene, dtype: torch.dtype) -> Outputs:
     """out, lse and gradients by the oracle in a dtype."""
     problem, dropout = inputs.problem, inputs.dropout
-    q, k, v = (x.to(dtype, copy=True).requires_grad_(inputs.op != "fwd") for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out, lse = reference.dilated_attention(
         q,
         k,
@@ -160,11 +176,8 @@ def _formula(inputs: Scene, dtype: torch.dtype) -> Outputs:
         dropout_mask=None if dropout is None else lambda branch: dropout.multipliers(problem, branch),
         dtype=dtype,
     )
-    found = {"out": out.detach(), "lse": lse.detach()}
-    if inputs.op != "fwd":
-        gradients = torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype), materialize_grads=True)
-        found |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-    return found
+    gradients = torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype), materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
 
 def _wide(inputs: Scene) -> Outputs:
@@ -174,11 +187,8 @@ def _wide(inputs: Scene) -> Outputs:
     q, k, v, dout = (x.float() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     sides = {"scale": inputs.scale, "index": inputs.index, "mask": inputs.mask, "offsets": inputs.offsets}
     out, lse = torch_backend.forward(plan, q, k, v, **sides, dropout=inputs.dropout)  # type: ignore[arg-type]
-    found = {"out": out, "lse": lse}
-    if inputs.op != "fwd":
-        gradients = torch_backend.backward(plan, q, k, v, out, lse, dout, None, **sides, dropout=inputs.dropout)  # type: ignore[arg-type]
-        found |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-    return found
+    gradients = torch_backend.backward(plan, q, k, v, out, lse, dout, None, **sides, dropout=inputs.dropout)  # type: ignore[arg-type]
+    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
 
 def _earlier(inputs: Scene, generator: torch.Generator) -> Outputs:
