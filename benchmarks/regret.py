@@ -34,7 +34,7 @@ from benchmarks import retimed
 from benchmarks.retimed import failed, median, timed, told
 from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch import device as devices
-from dilated_attention_pytorch.config import BACKWARD, EVERY_OP, OPS, Problem, ProblemKey
+from dilated_attention_pytorch.config import OPS, Problem, ProblemKey
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError
@@ -111,6 +111,8 @@ def main() -> int:
 def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Database) -> list[Drawn]:
     """Launches whose keys are not in a database, in turn from each place and of each op; the same for the same seed.
 
+    All gradients in one launch are not drawn: what is tuned of them holds for segments of the same rows alone.
+
     Args:
         count: How many.
         seed: Of the draw.
@@ -124,11 +126,8 @@ def draw(count: int, seed: int, device: Device, toolchain: Toolchain, found: Dat
     chance = random.Random(seed)
     names = found.devices(device.arch)
     tuned = {key for name in names for key in retimed.usable(found, device, name, toolchain) if key.dtype in DTYPES}
-    ops = [op for op in EVERY_OP if op in OPS or any(key.op == op for key in tuned)]
-    # All gradients at once are launched where something of their kind was measured, and nowhere else.
-    places = [place for place in itertools.product(WHERE, ops) if place != ("across", BACKWARD)]
     drawn: list[Drawn] = []
-    for where, op in itertools.islice(itertools.cycle(places), count):
+    for where, op in itertools.islice(itertools.cycle(itertools.product(WHERE, OPS)), count):
         taken = tuned | {earlier.task.key for earlier in drawn}
         for _ in range(DRAWS):
             task = _task(chance, where, op, tuned, device)

@@ -26,8 +26,8 @@ def render(variant: Variant, templates: Path = TEMPLATES) -> str:
     """The module that computes one branch, or a chain of them, as the variant says: forward, dK/dV and dQ.
 
     A template sees the variant's fields as plain names: name, segment, dilation, order, queries, one_tile, even, rows,
-    and the two questions that it asks most: general (segment and dilation come with the launch) and full. That of a
-    chain sees its levels and its stride, the largest dilation.
+    and the questions that it asks most: general (segment and dilation come with the launch), full, described and
+    joinable. That of a chain sees its levels and its stride, the largest dilation.
 
     Raises:
         CodegenError: The template is absent, is not well formed, or uses a name that nothing sets.
@@ -48,6 +48,8 @@ def render(variant: Variant, templates: Path = TEMPLATES) -> str:
         rows=variant.rows,
         general=variant.segment is None,
         full=variant.segment == "full",
+        described=variant.described,
+        joinable=variant.joinable,
     )
 
 

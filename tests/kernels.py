@@ -143,11 +143,13 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
 
 
 def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
-    """Tiles with all that a measurement may choose and no default does: descriptors, carried products, op bwd."""
+    """Tiles with all that a measurement may choose and few defaults do: descriptors, all gradients in one launch."""
     loads = "descriptor" if variant.described else "pointer"
     tiles = pattern_config(variant) or {}
-    config = {op: replace(tiles[op], loads=loads, carried=True) for op in OPS}
-    return config | {"bwd": config["dkdv"]} if variant.joinable else config
+    config = {op: replace(tiles[op], loads=loads) for op in OPS}
+    if not variant.joinable:
+        return config
+    return config | {"bwd": replace(config["dkdv"], block_n=variant.rows or 64)}
 
 
 def run_ranges(

@@ -60,7 +60,7 @@ def compiled(
 ) -> tuple[Resources, int]:
     """What the launch takes, and what the plan believes that it takes; `quick` is with tiles that compile soon."""
     config = FLOOR[0] if quick and not ALL and not variant.one_tile else _config(variant, op, arch, problem)
-    choice = Choice.of(problem, op, tuple(range(len(problem.branches))), variant, config, "test", "", merge=merge)
+    choice = Choice.of(op, tuple(range(len(problem.branches))), variant, config, "test", "", merge=merge)
     estimate = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
     return compile_offline(problem, choice, arch), estimate
 
@@ -144,20 +144,14 @@ def test_feature_compiles(name: str, feature: str) -> None:
 
 DESCRIBED = LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor")
 CHOSEN = (
-    (
-        "s2048_d2_even",
-        "fwd",
-        replace(DESCRIBED, block_m=128, block_n=128, num_warps=8, num_stages=2, carried=True),
-        128,
-    ),
+    ("s2048_d2_even", "fwd", replace(DESCRIBED, block_m=128, block_n=128, num_warps=8, num_stages=2), 128),
     ("s2048_d2_even", "dq", DESCRIBED, 128),
-    ("s2048_d2_even", "bwd", DESCRIBED, 64),
     ("general_one_even", "bwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="descriptor"), 128),
     ("s128_d1_all_one_even", "bwd", LaunchConfig(128, 128, num_warps=8, num_stages=1), 64),
     ("s128_d1_all_one_even", "fwd", LaunchConfig(32, 128, num_warps=4, num_stages=1, loads="descriptor"), 128),
     ("s128_d1_all_even", "bwd", LaunchConfig(32, 128, num_warps=8, num_stages=2), 64),
-    ("s1024_2048_d1_2_even", "fwd", replace(DESCRIBED, carried=True), 128),
-    ("s1024_2048_d1_2_even", "bwd", DESCRIBED, 64),
+    ("s128_d1_all_even", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=3, loads="descriptor"), 64),
+    ("s1024_2048_d1_2_even", "fwd", DESCRIBED, 128),
 )
 """What a measurement may choose and no default does."""
 
@@ -168,7 +162,7 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     """A branch of a text that no untuned default enters: refused, spilling, or larger than the tuner reckons with."""
     variant = Variant.from_name(name)
     problem = case_problem(variant, head_dim=head_dim)
-    choice = Choice.of(problem, op, tuple(range(len(problem.branches))), variant, config, "test", "")
+    choice = Choice.of(op, tuple(range(len(problem.branches))), variant, config, "test", "")
     found = compile_offline(problem, choice, "sm_90")
     assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
     assert found.spills == 0
@@ -180,7 +174,7 @@ def test_tiles_of_tf32_take_what_the_plan_reckons_with(rows: int) -> None:
     variant = Variant.from_name("general_all_one_even")
     problem = case_problem(variant, head_dim=16, dtype="fp32", tf32=True)
     config = LaunchConfig(rows, 64, num_warps=8, num_stages=1)
-    found = compile_offline(problem, Choice.of(problem, "dkdv", (0,), variant, config, "test", ""), "sm_90")
+    found = compile_offline(problem, Choice.of("dkdv", (0,), variant, config, "test", ""), "sm_90")
     assert found.shared_bytes <= heuristics.shared_bytes("dkdv", 16, "fp32", config, "sm_90")
 
 

@@ -120,8 +120,8 @@ def test_saving_without_filelock_says_what_to_install(monkeypatch: pytest.Monkey
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     """A field that is dropped or rounded away on the way to disk is evidence lost."""
     config = LaunchConfig(128, 64, num_warps=8, num_stages=3, maxnreg=168, loads="descriptor")
-    carried = entry(config=replace(config, carried=True), grid=128)
-    mine = [entry(config=config), carried, entry("dq"), entry(problem=replace(PROBLEM, causal=True, mask=True))]
+    capped = entry(config=replace(config, maxnreg=168), grid=128)
+    mine = [entry(config=config), capped, entry("dq"), entry(problem=replace(PROBLEM, causal=True, mask=True))]
     mine.append(entry(branches=((256, 2), (256, 4)), apart=120.5))
     mine.append(replace(entry(grid=64), time_us=database.Times(6.12, 6.01, 7.0, default=None, second=6.5)))
     found = database_at(tmp_path, {"l4": mine})

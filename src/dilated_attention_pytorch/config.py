@@ -70,7 +70,6 @@ class LaunchConfig:
         num_stages: Software-pipelining depth of the loads in the loop.
         maxnreg: Registers a thread at most; None leaves it to the compiler.
         loads: "pointer" or "descriptor".
-        carried: The forward takes P·V of a tile behind Q·K of the next one, where its text can.
     """
 
     block_m: int
@@ -79,7 +78,6 @@ class LaunchConfig:
     num_stages: int = 2
     maxnreg: int | None = None
     loads: str = "pointer"
-    carried: bool = False
 
     def __post_init__(self) -> None:
         for label in ("block_m", "block_n", "num_warps"):
@@ -97,18 +95,16 @@ class LaunchConfig:
             raise ConfigError(f"maxnreg must lie in 24..255 or be absent, got {self.maxnreg!r}")
         if self.loads not in ("pointer", "descriptor"):
             raise ConfigError(f"loads must be 'pointer' or 'descriptor', got {self.loads!r}")
-        if not isinstance(self.carried, bool):
-            raise ConfigError(f"carried must be true or false, got {self.carried!r}")
 
     @property
     def name(self) -> str:
-        """`128x64_w8_s3`, with `_r168`, `_descriptor` and `_carried` where set."""
+        """`128x64_w8_s3`, with `_r168` and `_descriptor` where set."""
         text = f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}"
         if self.maxnreg is not None:
             text += f"_r{self.maxnreg}"
         if self.loads != "pointer":
             text += f"_{self.loads}"
-        return f"{text}_carried" if self.carried else text
+        return text
 
     def to_dict(self) -> dict[str, int | str]:
         """Fields for YAML; the optional ones are left out where they have their default."""

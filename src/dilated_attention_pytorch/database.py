@@ -333,7 +333,7 @@ def _call_config(item: Field) -> CallConfig:
 
 def _launch_config(item: Field) -> LaunchConfig:
     found = item.fields(SIZES, tuple(name for name in _names(LaunchConfig) if name not in SIZES))
-    words: dict[str, Callable[[Field], Any]] = {"loads": Field.text, "carried": Field.truth}
+    words: dict[str, Callable[[Field], Any]] = {"loads": Field.text}
     return LaunchConfig(**{name: words.get(name, partial(Field.integer, at_least=1))(f) for name, f in found.items()})
 
 

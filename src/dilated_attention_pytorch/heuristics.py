@@ -42,9 +42,9 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
 }
 # By tensor descriptor, of rows of 128 elements at least: measured on an H100 at 128 to 8192 rows.
 _DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
-    "fwd": {128: ((64, 128, 4, 2),)},
-    "dkdv": {128: ((32, 64, 4, 4),)},
-    "dq": {128: ((64, 64, 4, 3),)},
+    "fwd": {128: ((64, 128, 4, 2),), 256: ((64, 64, 4, 3),)},
+    "dkdv": {128: ((32, 64, 4, 4),), 256: ((64, 64, 4, 2),)},
+    "dq": {128: ((64, 64, 4, 3),), 256: ((128, 64, 8, 3),)},
 }
 DESCRIBED_ROWS = 128
 """Segments of fewer rows, queries or keys, are not loaded by descriptor untuned: nobody has timed it."""
@@ -122,9 +122,6 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
         rows: Rows of a class in the narrowest segment.
         arch: As there.
     """
-    if op == BACKWARD:
-        configs = _adding_up(head_dim, dtype, arch)
-        return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
     measured = arch == "sm_90" and padded_head_dim(head_dim) * DTYPE_BYTES[dtype] == 128
     best = [_CHAINS_ON_HOPPER[loads][op]] if measured else []
@@ -133,7 +130,7 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
 
 
 def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
-    """Where a search for a launch that gives dq, dk and dv begins: one tile that holds a segment, else a loop.
+    """Where a search for a launch that gives dq, dk and dv begins: one tile that holds a segment; none if none can.
 
     Args:
         head_dim: As in `default`; so are the others.
@@ -144,17 +141,9 @@ def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int,
     """
     rows = max(queries, keys)
     if rows > ONE_TILE_ROWS:
-        return _adding_up(head_dim, dtype, arch)
+        return []
     block_m, block_n = (max(next_power_of_two(side), 16) for side in (queries, keys))
     return [LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)]
-
-
-def _adding_up(head_dim: int, dtype: str, arch: str) -> list[LaunchConfig]:
-    """Of launches that add dq up in memory, by descriptor: atomics on pointers took longer than a launch for dq. Wider
-    rows than 64 elements spill. The interpreter cannot add by descriptor."""
-    if not takes_descriptors(arch, head_dim, dtype) or head_dim > 64 or arch == "interpreter":
-        return []
-    return [LaunchConfig(64, 64, num_warps=4, num_stages=stages, loads="descriptor") for stages in (3, 2)]
 
 
 def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
@@ -168,18 +157,15 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
 
     Tiles that stay for the whole loop (q, or k and v, or q and dout) are counted once, those that the loop loads as
     often as the pipeline buffers them; P or dS passes through shared memory from one product to the next, unless the
-    tensor cores take it from registers; lse and delta are buffered like tiles. What is carried to the next turn of the
-    loop, and what is added to memory by descriptor, passes through it too.
+    tensor cores take it from registers; lse and delta are buffered like tiles.
     """
     if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
         return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
-    if config.carried or op == BACKWARD:
-        plain = "dkdv" if op == BACKWARD else op
+    if op == BACKWARD:
         between = config.block_m * config.block_n * _operand_bytes(dtype, arch)
         # The dq of fewer rows than a warpgroup takes is rearranged on its way.
-        copies = 0 if op != BACKWARD else 2 if config.block_m < 64 else 1
-        added = config.block_m * padded_head_dim(head_dim) * 4 * copies
-        return shared_bytes(plain, head_dim, dtype, replace(config, carried=False), arch) + between + added
+        dq = config.block_m * padded_head_dim(head_dim) * 4 * (2 if config.block_m < 64 else 1)
+        return shared_bytes("dkdv", head_dim, dtype, config, arch) + between + dq
     backward = op != "fwd"
     stages = 1 if arch == "sm_75" else config.num_stages  # it has no asynchronous copies to pipeline
     size = _operand_bytes(dtype, arch)

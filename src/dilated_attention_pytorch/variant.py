@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
+HELD_ROWS = 256
+"""Kept rows of a segment that one tile of a loop over queries holds at most: its dK and dV stay in registers."""
 ORDERS = ("none", "snake", "hilbert")
 QUERIES = ("dilated", "all")
 
@@ -98,8 +100,10 @@ class Variant:
 
     @property
     def joinable(self) -> bool:
-        """One launch of it may give dq, dk and dv: where one tile holds all keys, or where dq may be added up."""
-        return self.one_tile or self.described
+        """One launch of it may give dq, dk and dv: where one tile may hold all keys that a query sees."""
+        every_query = self.queries == "dilated" or self.dilation == 1
+        holdable = self.described and every_query and not self.wider and self.segment != "full"
+        return self.one_tile or (holdable and (self.rows is None or self.rows <= HELD_ROWS))
 
     @property
     def name(self) -> str:

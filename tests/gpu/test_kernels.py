@@ -112,7 +112,7 @@ def test_variant(name: str, precision: str, record: Callable[..., None]) -> None
 
 @pytest.mark.parametrize("name", [variant.name for variant in VARIANTS if variant.joinable])
 def test_what_a_measurement_may_choose(name: str, record: Callable[..., None]) -> None:
-    """A descriptor of other rows or columns, P·V carried to another tile, dq that is lost where all programs add it."""
+    """A descriptor of other rows or columns; dq of masked keys, or of other rows."""
     variant = Variant.from_name(name)
     number = list(VARIANTS).index(variant)
     case = pattern_case(

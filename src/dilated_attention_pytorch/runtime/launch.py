@@ -32,7 +32,7 @@ DELTA = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
 
 SIDES = ("p_index", "p_mask", "p_seed")
 FORWARDS = ("p_q", "p_k", "p_v", "p_out", "p_lse", *SIDES)
-GRADIENTS = ("p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv", "p_sum")
+GRADIENTS = ("p_dout", "p_dlse", "p_delta", "p_dq", "p_dk", "p_dv")
 BACKWARDS = (*FORWARDS, *GRADIENTS, "a branch's out", "a branch's lse")
 """What the kernels call the tensors of a call."""
 
@@ -125,14 +125,11 @@ def backward(
         return dq, dk, dv
     detached = plan.problem.mix_grad == "detached"
     branch_out, branch_lse = (allocate(out), allocate(lse)) if detached else (None, None)
-    total = q.new_zeros(q.shape, dtype=torch.float32) if plan.adds_up_dq else None
-    if plan.adds_up_dq and plan.stores_dq:
-        dq.zero_()  # a launch that merges all its results may be the first to store dq
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
         shared.update(p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
-        shared.update(p_dq=dq, p_dk=dk, p_dv=dv, p_sum=total)
+        shared.update(p_dq=dq, p_dk=dk, p_dv=dv)
         if not detached:
             yield run_kernel(prepared_delta(shared, dlse), DELTA)
         again = {choice.branch: replace(choice, merge=False) for choice in plan.fwd}
@@ -147,7 +144,7 @@ def backward(
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
     strides = q.stride(), k.stride(), v.stride(), dout.stride(), None if dlse is None else dlse.stride()
-    tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, total, branch_out, branch_lse)
+    tensors = (q, k, v, out, lse, *sides, dout, dlse, delta, dq, dk, dv, branch_out, branch_lse)
     try:
         replay.run((kind, q.shape, *strides), (plan, offsets.table), BACKWARDS, tensors, launches)
     except _TooLarge as error:
@@ -156,17 +153,7 @@ def backward(
         _STEPPED_APART[plan] = stepped_apart(plan, *error.args)
         sides_of: dict[str, Any] = {"index": index, "mask": mask, "offsets": offsets, "dropout": dropout}
         return backward(plan, q, k, v, out, lse, dout, dlse, scale=scale, **sides_of)
-    if total is not None:
-        added_up(dq, total, plan.stores_dq)
     return dq, dk, dv
-
-
-def added_up(dq: Tensor, total: Tensor, merge: bool) -> None:
-    """Round what launches added up in float32 to dq, or add it to what others stored there."""
-    if merge:
-        torch.add(dq, total, out=dq)
-    else:
-        dq.copy_(total)
 
 
 def _sides(
@@ -305,14 +292,11 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
         **sizes,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "CARRIED": config.carried,
         "JOINT": choice.op == BACKWARD,
         "TMA": False,
     }
     if choice.op == "dkdv":
         given["p_dq"] = None  # whatever tensors there are: one kernel for the tuner, CI and calls
-    elif choice.adds_up:
-        given["p_dq"] = values["p_sum"]
     if "TMA" in kernel.arg_names and config.loads == "descriptor":
         given |= _described(kernel, choice, given)
     return kernel, _in_order(kernel, given), programs
@@ -349,8 +333,6 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
         "p_v": (kept, config.block_n),
         "p_dout": (asked, config.block_m),
     }
-    if choice.adds_up:
-        tiles["p_dq"] = tiles["p_q"]
     used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
     if not all(_is_describable(values[name], values, stride) for name, (stride, _) in used.items()):
         return {}

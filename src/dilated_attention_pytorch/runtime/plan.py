@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import refusals, torch_refusals
 from .variants import (
-    adds_up_dq,
     chain,
     key_of,
     may_give_all_gradients,
@@ -48,7 +47,6 @@ class Choice:
         passed: (rung, sentence) of every offer that was passed over, in the order of the ladder.
         wider: Further branches that the launch computes.
         merge: It adds to what an earlier launch of its operation wrote; else it writes every row.
-        adds_up: Its programs add up dq in float32 memory: its last bits are another's turn's.
     """
 
     op: str
@@ -60,12 +58,10 @@ class Choice:
     passed: tuple[tuple[str, str], ...]
     wider: tuple[int, ...] = ()
     merge: bool = False
-    adds_up: bool = False
 
     @classmethod
     def of(
         cls,
-        problem: Problem,
         op: str,
         branches: tuple[int, ...],
         variant: Variant,
@@ -76,10 +72,9 @@ class Choice:
         *,
         merge: bool = False,
     ) -> Choice:
-        """The launch of some branches of a problem, the narrowest first."""
+        """The launch of some branches, the narrowest first."""
         first, *wider = branches
-        adds_up = adds_up_dq(problem, branches, op, config, variant)
-        return cls(op, first, variant, config, rung, why, passed, tuple(wider), merge, adds_up)
+        return cls(op, first, variant, config, rung, why, passed, tuple(wider), merge)
 
     @property
     def branches(self) -> tuple[int, ...]:
@@ -89,8 +84,7 @@ class Choice:
     @property
     def stores(self) -> tuple[str, ...]:
         """The results that it writes, or merges into what an earlier launch wrote."""
-        dq = () if self.adds_up else ("dq",)
-        return {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": dq, BACKWARD: ("dk", "dv", *dq)}[self.op]
+        return {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",), BACKWARD: ("dk", "dv", "dq")}[self.op]
 
 
 @dataclass(frozen=True)
@@ -148,16 +142,6 @@ class Plan:
     def backward(self) -> tuple[Choice, ...]:
         """The launches of the backward, those of a branch side by side."""
         return tuple(choice for choice in self.launches if choice.op != "fwd")
-
-    @cached_property
-    def adds_up_dq(self) -> bool:
-        """Some launch adds dQ up in float32 memory, which starts as zeros and becomes dQ after the last one."""
-        return any(choice.adds_up for choice in self.launches)
-
-    @cached_property
-    def stores_dq(self) -> bool:
-        """Some launch writes dQ itself."""
-        return any("dq" in choice.stores for choice in self.launches)
 
     def call_config(self, op: str, branch: int) -> CallConfig:
         """How the torch backend cuts a branch: as measured, else the untuned default."""
@@ -507,6 +491,8 @@ def untuned(
 ) -> list[LaunchConfig]:
     """The untuned configurations of a launch, best first; by descriptor where there is a text that takes any."""
     head_dim, dtype = problem.head_dim, problem.dtype
+    if len(branches) > 1 and op == BACKWARD:
+        return []  # no tile holds all keys that a query meets
     if len(branches) > 1:
         return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
@@ -536,10 +522,7 @@ def step_down(problem: Problem, choice: Choice) -> Choice:
 
 def stepped_apart(plan: Plan, choice: Choice) -> Plan:
     """The plan with the smallest tiles of two launches in place of one for all gradients that could not be launched."""
-    parts = [
-        step_down(plan.problem, replace(choice, op=op, adds_up=False))
-        for op, _ in stood_in_for(choice.op, choice.branches)
-    ]
+    parts = [step_down(plan.problem, replace(choice, op=op)) for op, _ in stood_in_for(choice.op, choice.branches)]
     launches = [part for launch in plan.launches for part in (parts if launch == choice else [launch])]
     return replace(plan, launches=_merging(launches), rung="floor")
 
@@ -575,7 +558,7 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
                     continue  # what it stands in for may be measured
                 _refuse_miss(question, op, rung)
                 told = rung, why, tuple(passed)
-                return Choice.of(question.problem, op, question.branches, variant, config, *told), times
+                return Choice.of(op, question.branches, variant, config, *told), times
             passed.append((rung, unfit))
     if stood_in_for(op, question.branches):
         return None
@@ -618,9 +601,6 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
-    added = op == BACKWARD and config.block_n < hit.entry.key.branches[0][0]
-    if text is not None and added != adds_up_dq(problem, question.branches, op, config, text):
-        return f"{named} was measured where dq is {'added up' if added else 'stored'}"
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))

@@ -51,25 +51,14 @@ def stood_in_for(op: str, branches: tuple[int, ...]) -> list[tuple[str, tuple[in
     return [(op, (branch,)) for branch in branches] if len(branches) > 1 else []
 
 
-def adds_up_dq(problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig, variant: Variant) -> bool:
-    """A launch for all gradients whose programs add up dq in memory: no tile of keys holds a segment's."""
-    if op != BACKWARD or variant.one_tile:
-        return False
-    holdable = variant.even and variant.segment != "full" and not variant.wider
-    every_query = variant.queries == "dilated" or variant.dilation == 1
-    return not (holdable and every_query and config.block_n == problem.rows(branches[0]))
-
-
 def may_give_all_gradients(
     problem: Problem, branches: tuple[int, ...], config: LaunchConfig, variant: Variant
 ) -> str | None:
     """Why a text must not give dq, dk and dv in one launch with these tiles; None where it may."""
-    if not variant.joinable:
-        return f"{variant.name} has a loop over keys for dq alone: its tiles are ragged, or read along an order"
+    if not variant.joinable or not (variant.one_tile or config.block_n == problem.rows(branches[0])):
+        return f"{variant.name} has no tile of {config.block_n} keys that holds all that a query sees"
     if problem.head_offset == "table":
         return "a table of offsets may keep heads out, whose dq another launch clears"
-    if problem.deterministic and adds_up_dq(problem, branches, BACKWARD, config, variant):
-        return "dq is added up in the order in which programs come, and the call asks for a deterministic backward"
     return None
 
 

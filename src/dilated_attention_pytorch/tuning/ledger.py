@@ -176,7 +176,7 @@ def recompiled(row: Row, kernels: Mapping[str, tuple[str, ...]]) -> Resources:
     if problem is None:
         raise DatabaseError(f"{row.title}: no call is looked up under this key; remove the entry")
     branches = tuple(range(len(problem.branches)))
-    choice = Choice.of(problem, entry.key.op, branches, variant, entry.launch, "exact", "")
+    choice = Choice.of(entry.key.op, branches, variant, entry.launch, "exact", "")
     return compile_offline(problem, choice, row.arch)
 
 

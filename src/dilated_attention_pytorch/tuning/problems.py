@@ -122,7 +122,7 @@ def launched(
     branches = branches or every_branch(problem)
     variant = text_for(problem, branches, op, config, texts)
     assert variant is not None, "the plan of the task found a text"
-    return Choice.of(problem, op, branches, variant, config, "config", "tuning", merge=merge)
+    return Choice.of(op, branches, variant, config, "config", "tuning", merge=merge)
 
 
 def default_config(task: Task, device: Device) -> LaunchConfig:

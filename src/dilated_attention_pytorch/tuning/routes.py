@@ -18,7 +18,7 @@ from ..device import Device
 from ..runtime import torch_backend
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
-from ..runtime.launch import added_up, branch_values, prepared, run_kernel, shared_values
+from ..runtime.launch import branch_values, prepared, run_kernel, shared_values
 from ..runtime.plan import CallChoice, Choice, Plan
 from .problems import launched
 from .space import APART, CUDNN, KERNEL, TORCH, Candidate
@@ -111,20 +111,14 @@ def _ours(scene: Scene, choices: Sequence[Choice]) -> Launcher:
 
     def launcher(outputs: Outputs) -> Launch:
         given = {**shared, **{f"p_{name}": tensor for name, tensor in outputs.items()}}
-        adds_up = any(choice.adds_up for choice in choices)
-        given["p_sum"] = total = torch.zeros_like(scene.q, dtype=torch.float32) if adds_up else None
         ready = [
             (prepared(choice, branch_values(scene.problem, choice, scene.offsets, given)), choice.config)
             for choice in choices
         ]
 
         def launch() -> None:
-            if total is not None:
-                total.zero_()
             for kernel, config in ready:
                 run_kernel(kernel, config)
-            if total is not None:
-                added_up(outputs["dq"], total, scene.merge)
 
         return launch
 

@@ -112,7 +112,6 @@ def _shared(problem: Problem, order: str, arch: str) -> dict[str, Any]:
     shared = shared_values(problem, arch, scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
     row = meta(b, h, rows, dtype=torch.float32)
     shared.update(p_out=q, p_lse=row, p_delta=row, p_dq=q, p_dk=k, p_dv=v, dout_d=1)
-    shared.update(p_sum=meta(b, rows, h, d, dtype=torch.float32))
     return shared
 
 

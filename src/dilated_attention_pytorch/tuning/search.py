@@ -210,7 +210,7 @@ def decide(
 
     A tie is within `TIE` of the fastest, or has an interval that overlaps the fastest's. Of those that tie, the
     incumbent goes first, then the default, then what takes less shared memory, then fewer warps. An incumbent also
-    stays where the fastest is not `UPSET` faster. Nobody wins who is slower than the default.
+    stays where the fastest is not `UPSET` faster. Nobody wins who is slower than the default, an incumbent included.
 
     Args:
         finals: Rows with times, of one route.
@@ -223,7 +223,7 @@ def decide(
     untuned = rows.get(default)
     if incumbent in rows:
         held = rows[incumbent]
-        beaten = untuned is not None and not _ties(held, untuned) and _median(held) > _median(untuned)
+        beaten = untuned is not None and _median(held) > _median(untuned)
         if not beaten and held in ties:
             return held, "fastest" if held is fastest else "tie: incumbent"
         if not beaten and _median(held) < _median(fastest) * (1 + UPSET):

@@ -16,7 +16,7 @@ from ..call_config import ROWS, CallConfig
 from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import adds_up_dq, may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
+from ..runtime.variants import may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
 from .problems import Task, default_config, every_branch
 
 KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
@@ -166,14 +166,6 @@ def _is_described(task: Task, device: Device) -> bool:
     return text is not None and text.described
 
 
-def _carried(task: Task, device: Device) -> tuple[Value, ...]:
-    """Long rows leave the tensor cores idle for a part of each turn; short ones would wait for registers."""
-    problem = task.problem
-    plain = not (problem.causal or problem.mask or problem.dropout)
-    worth = task.op == "fwd" and plain and heuristics.padded_head_dim(problem.head_dim) >= 128
-    return (False, True) if worth and _is_described(task, device) else (False,)
-
-
 COORDINATES = (
     Coordinate("block_m", _tiles(_queries, (32, 64, 128)), _tiles(_queries, (16, 32, 64, 128, 256))),
     Coordinate("block_n", _tiles(_keys, (32, 64, 128)), _tiles(_keys, (16, 32, 64, 128, 256))),
@@ -181,7 +173,6 @@ COORDINATES = (
     Coordinate("num_stages", _stages(1, 2, 3, 4), _stages(1, 2, 3, 4, 5)),
     Coordinate("maxnreg", _fixed(None), _registers),
     Coordinate("loads", _loads, _all_loads),
-    Coordinate("carried", _carried, _carried),
 )
 """The fields of a configuration."""
 
@@ -340,14 +331,12 @@ def _divides_a_class(task: Task, device: Device, config: LaunchConfig) -> bool:
 
 
 def _gives_all_gradients(task: Task, device: Device, config: LaunchConfig) -> bool:
-    """dq is stored, or added up by descriptor."""
+    """One tile holds all keys that a query sees."""
     if task.op != BACKWARD:
         return True
     problem, branches = task.problem, every_branch(task.problem)
     text = text_for(problem, branches, task.op, config, generated.names())
-    if text is None or may_give_all_gradients(problem, branches, config, text) is not None:
-        return False
-    return config.loads == "descriptor" or not adds_up_dq(problem, branches, task.op, config, text)
+    return text is not None and may_give_all_gradients(problem, branches, config, text) is None
 
 
 RULES = (_divides_a_class, _gives_all_gradients, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
