@@ -197,7 +197,7 @@ def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:
     found = plan(PROBLEM, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed)
     assert [choice.rung for choice in found.launches] == ["exact"] * 3
     for row in rows:
-        problem = ledger.asking(row.entry.key)
+        problem = ledger.asking(row.entry.key, Variant.from_name("general"))
         assert problem is not None
         assert (
             plan(problem, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed).rung == "exact"

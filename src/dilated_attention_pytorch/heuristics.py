@@ -40,7 +40,10 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2), (32, 32, 4, 1)), 512: ((32, 16, 4, 1),)},
     },
 }
-# By tensor descriptor, of rows of 128 elements at least: measured on an H100 at 128 to 8192 rows.
+_CAUSAL_ON_HOPPER = (64, 64, 4, 3)
+"""Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in benchmarks/results/regret_nvidia-h100-80gb-hbm3.json.
+"""
+# By tensor descriptor, of segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
 _DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
     "fwd": {128: ((64, 128, 4, 2),), 256: ((64, 64, 4, 3),)},
     "dkdv": {128: ((32, 64, 4, 4),), 256: ((64, 64, 4, 2),)},
@@ -86,7 +89,9 @@ _CHAINS_ON_HOPPER = {
 _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
 
-def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str) -> list[LaunchConfig]:
+def default(
+    op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str, *, causal: bool = False
+) -> list[LaunchConfig]:
     """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
     Args:
@@ -96,6 +101,7 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         queries: Query rows of a whole segment.
         keys: Key rows of a whole segment.
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
+        causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
@@ -104,6 +110,8 @@ def default(op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: s
         sizes = _FLOAT32[op][row_bytes]
     else:
         sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
+        if causal and arch == "sm_90" and (op, max(row_bytes, 128)) == ("fwd", 128):
+            sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
         by_descriptor = _DESCRIBED_ON_HOPPER[op].get(max(row_bytes, 128), ())

@@ -32,8 +32,8 @@ ROOT = _layout.tune_db_dir().parent
 
 @pytest.fixture(autouse=True)
 def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The invented kernel of the entries is the general text, and Triton is the one that measured them."""
-    monkeypatch.setattr(database, "rendered_kernels", lambda: {KERNEL: ("general",)})
+    """The invented kernel of the entries is the general text or a pass, and Triton is the one that measured them."""
+    monkeypatch.setattr(database, "rendered_kernels", lambda: {KERNEL: ("general", "s2048_4096_8192_d1_2_4")})
     monkeypatch.setattr(device, "_triton_version", lambda: "3.6.0")
 
 

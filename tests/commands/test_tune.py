@@ -54,8 +54,8 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert found["device"] == "nvidia-h100-80gb-hbm3"
     # Of longnet a chain, its three branches and two others, causal or not, and the core's three: each by every kernel;
-    # all gradients at once of the chain and the core.
-    assert len(found["problems"]) == (2 * 6 + 3) * len(OPS) + 2 + 3
+    # all gradients at once of the core.
+    assert len(found["problems"]) == (2 * 6 + 3) * len(OPS) + 3
     assert sum(problem["weight"] for problem in found["problems"]) == pytest.approx(1.0)
     assert {len(problem["candidates"]) for problem in found["problems"]} <= {*range(13)}
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ from dilated_attention_pytorch.runtime.options import Options, options
 from dilated_attention_pytorch.runtime.plan import LADDER, Choice, Plan, plan
 from dilated_attention_pytorch.workloads import WORKLOADS
 
-from ..measurements import PROBLEM, TOOLCHAIN, database_at, entry
+from ..measurements import KERNEL, PROBLEM, TOOLCHAIN, database_at, entry
 
 H100 = device.simulated("h100")
 MINE = LaunchConfig(32, 32, num_stages=1)
@@ -176,6 +176,27 @@ def test_a_branch_without_a_use_for_its_order_is_looked_up_unordered(tmp_path: P
     unordered = replace(ordered, order="none")
     found = planned(database_at(tmp_path, {"h100": [entry(problem=unordered)]}), ordered)
     assert (fwd(found).rung, fwd(found).variant.name) == ("exact", "full_d1")
+
+
+@pytest.mark.parametrize(
+    ("text", "loads", "length", "taken"),
+    [
+        ("general_even", "descriptor", 8192, True),
+        ("general_even", "descriptor", 8765, False),
+        ("general_even", "pointer", 8765, False),
+        ("general", "pointer", 8765, True),
+        ("general", "pointer", 8192, False),
+    ],
+)
+def test_whole_tiles_and_ragged_ones_are_measured_apart(
+    tmp_path: Path, text: str, loads: str, length: int, taken: bool
+) -> None:
+    """Tiles that won by descriptor, run by pointers on a sequence of another length: a fifth slower than untuned."""
+    asked = replace(PROBLEM, length=length)
+    database_at(tmp_path, {"h100": [entry(problem=asked, config=LaunchConfig(64, 128, loads=loads))]})
+    found = fwd(planned(Database(tmp_path, lambda: {KERNEL: (text,)}), asked))
+    assert found.rung == ("exact" if taken else "heuristic")
+    assert ("tiles, which are loaded otherwise" in dict(found.passed).get("exact", "")) != taken
 
 
 def test_determinism_asks_for_the_same_measurement(tmp_path: Path) -> None:

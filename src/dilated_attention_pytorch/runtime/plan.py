@@ -498,7 +498,7 @@ def untuned(
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
     if op == BACKWARD:
         return heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
-    configs = heuristics.default(op, head_dim, dtype, *rows_of, arch)
+    configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal)
     return [
         config for config in configs if config.loads == "pointer" or _is_described(problem, branches, op, config, texts)
     ]
@@ -601,10 +601,21 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
+    if text is not None and _loads_otherwise(text, hit, device.arch, problem):
+        return f"{named} was measured on {'ragged' if text.described else 'whole'} tiles, which are loaded otherwise"
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))
     return _too_big(device, config, need)
+
+
+def _loads_otherwise(text: Variant, hit: Hit, arch: str, problem: Problem) -> bool:
+    """Tiles that win by descriptor lose by pointers, and the other way round: by up to a fifth on an H100."""
+    if not text.described and hit.entry.launch.loads == "descriptor":
+        return True
+    if not heuristics.takes_descriptors(arch, problem.head_dim, problem.dtype):
+        return False
+    return bool(hit.measured_on) and all(Variant.from_name(n).described != text.described for n in hit.measured_on)
 
 
 def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:
