@@ -41,8 +41,7 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
     },
 }
 _CAUSAL_ON_HOPPER = (64, 64, 4, 3)
-"""Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in benchmarks/results/regret_nvidia-h100-80gb-hbm3.json.
-"""
+"""Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in regret_nvidia-h100-80gb-hbm3.json."""
 # By tensor descriptor, of segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
 _DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
     "fwd": {128: ((64, 128, 4, 2),), 256: ((64, 64, 4, 3),)},
