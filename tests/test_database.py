@@ -123,6 +123,8 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     capped = entry(config=replace(config, maxnreg=168), grid=128)
     mine = [entry(config=config), capped, entry("dq"), entry(problem=replace(PROBLEM, causal=True, mask=True))]
     mine.append(entry(branches=((256, 2), (256, 4)), apart=120.5))
+    beside = entry(grid=32)
+    mine.append(replace(beside, time_us=replace(beside.time_us, cudnn=98.25)))
     mine.append(replace(entry(grid=64), time_us=database.Times(6.12, 6.01, 7.0, default=None, second=6.5)))
     found = database_at(tmp_path, {"l4": mine})
     read = [*found.entries("sm_89", "nvidia-l4", "fwd").values(), *found.entries("sm_89", "nvidia-l4", "dq").values()]

@@ -54,6 +54,7 @@ class Times:
 
     `default` and `second` are None where the one did not run and where there was no other candidate. `apart` is of the
     launches that a joint one stands in for, one after the other, timed in turn with it; None where that was not timed.
+    `cudnn` is of cuDNN's attention on strided views, in dK/dV's entry its whole backward; None where it was not timed.
     """
 
     median: float
@@ -62,6 +63,7 @@ class Times:
     default: float | None
     second: float | None
     apart: float | None = None
+    cudnn: float | None = None
 
     @property
     def is_beaten(self) -> bool:
@@ -72,6 +74,10 @@ class Times:
     def dispatched(self) -> float:
         """What a call takes: the launch, or what it stands in for if that is faster."""
         return self.median if self.apart is None else min(self.median, self.apart)
+
+
+BESIDE = ("apart", "cudnn")
+"""Times of others that a launch was timed beside: written where they are known."""
 
 
 @dataclass(frozen=True)
@@ -338,15 +344,16 @@ def _launch_config(item: Field) -> LaunchConfig:
 
 
 def _times(item: Field) -> Times:
-    found = item.fields(tuple(name for name in _names(Times) if name != "apart"), ("apart",))
+    found = item.fields(tuple(name for name in _names(Times) if name not in BESIDE), BESIDE)
     times = Times(
-        **{name: found[name].number() for name in ("median", "low", "high", "apart") if name in found},
+        **{name: found[name].number() for name in ("median", "low", "high", *BESIDE) if name in found},
         **{name: found[name].optional(Field.number) for name in ("default", "second")},
     )
     if not 0 < times.low <= times.median <= times.high:
         raise item.error("must hold 0 < low <= median <= high", "measure again")
-    if times.apart is not None and not times.apart > 0:
-        raise found["apart"].error(f"must be above 0, got {times.apart:g}", "measure again")
+    for name in BESIDE:
+        if name in found and not getattr(times, name) > 0:
+            raise found[name].error(f"must be above 0, got {getattr(times, name):g}", "measure again")
     return times
 
 
@@ -568,16 +575,16 @@ def write(path: Path, name: str, entries: Iterable[Entry]) -> bool:
 def fold(old: Entry | None, new: Entry) -> Entry:
     """The entry to keep: the old one where config, kernel and Triton are the same and no time moved by more than 5 %.
 
-    The times are the launch's, and of what it stands in for: an entry that has learned of that is new.
+    The times are the launch's, and of what it was timed beside: an entry that has learned of that is new.
     """
-    if old is None or (old.time_us.apart is None and new.time_us.apart is not None):
+    if old is None or any(getattr(new.time_us, n) and not getattr(old.time_us, n) for n in BESIDE):
         return new
     same = (old.config, old.provenance.kernel, old.provenance.triton) == (
         new.config,
         new.provenance.kernel,
         new.provenance.triton,
     )
-    pairs = ((old.time_us.median, new.time_us.median), (old.time_us.apart, new.time_us.apart))
+    pairs = [(getattr(old.time_us, name), getattr(new.time_us, name)) for name in ("median", *BESIDE)]
     moved = max(abs(after - before) / before for before, after in pairs if before and after)
     return old if same and moved <= FOLD else new
 
@@ -588,8 +595,7 @@ def dump(name: str, entries: Iterable[Entry]) -> str:
     blocks = [f"schema: {SCHEMA}\ndevice: {name}\nentries:{'' if sorted_entries else ' []'}\n"]
     for entry in sorted_entries:
         times = {k: None if v is None else f"{v:.2f}" for k, v in asdict(entry.time_us).items()}
-        if times["apart"] is None:
-            del times["apart"]
+        times = {name: taken for name, taken in times.items() if taken is not None or name not in BESIDE}
         check = {k: f"{v:.2e}" for k, v in asdict(entry.check).items()}
         versions = {k: json.dumps(v) if isinstance(v, str) else v for k, v in asdict(entry.provenance).items()}
         blocks.append(

@@ -25,7 +25,7 @@ Rest: TypeAlias = "tuple[Plan | ops.Deferred, float | None, HeadOffsets | Tensor
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
-_BACKENDS = {"triton": "launch", "torch": "torch_backend", "deferred": "ops"}
+_BACKENDS = {"triton": "launch", "cudnn": "library", "torch": "torch_backend", "deferred": "ops"}
 
 
 @lru_cache

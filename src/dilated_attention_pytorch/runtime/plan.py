@@ -13,13 +13,13 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import BACKWARD, LaunchConfig, Problem
+from ..config import BACKWARD, EVERY_OP, LaunchConfig, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
 from ..variant import Variant
 from .options import DEFAULTS, Options
-from .refusals import refusals, torch_refusals
+from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
     chain,
     key_of,
@@ -111,13 +111,14 @@ class Plan:
     Attributes:
         problem: The call.
         device: The GPU, `INTERPRETER`, or None for a CPU.
-        backend: "triton", "torch" or "reference".
+        backend: "triton", "torch", "reference", or "cudnn" where it takes an operation.
         launches: In their order, the forward's before the backward's. The first one of an operation writes every row,
             zeros where its branch keeps no step, and later ones merge into that. Empty for the other backends.
         refusals: (backend or rung, sentence) of everything that was passed over as a whole.
         rung: The lowest rung of the ladder that any launch came from; the backend's name for the other backends.
         calls: Of the torch backend, what the user's own database has measured on this processor.
         beaten: Joint launches whose measurement says that those which they stand in for are faster: these are launched.
+        external: (operation, evidence) of "fwd" and "bwd", where cuDNN takes it in the place of the launches.
     """
 
     problem: Problem
@@ -128,6 +129,11 @@ class Plan:
     rung: str
     calls: tuple[CallChoice, ...] = ()
     beaten: tuple[Choice, ...] = ()
+    external: tuple[tuple[str, str], ...] = ()
+
+    def hands_over(self, op: str) -> bool:
+        """cuDNN takes "fwd", or "bwd" for the whole backward, in the place of the launches."""
+        return any(name == op for name, _ in self.external)
 
     def of(self, op: str) -> tuple[Choice, ...]:
         """The launches of one operation."""
@@ -259,7 +265,9 @@ def _plan(
             reasons = (str(error),)
         else:
             rung = max((choice.rung for choice in launches), key=list(LADDER).index)
-            return Plan(problem, device, "triton", launches, refusals=(), rung=rung, beaten=beaten)
+            external = () if backend == "triton" else _external(question, launches)
+            taken = "cudnn" if external else "triton"
+            return Plan(problem, device, taken, launches, refusals=(), rung=rung, beaten=beaten, external=external)
     if backend == "triton":
         raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
     if last := torch_refusals(problem):
@@ -462,6 +470,30 @@ def _launches(question: _Question) -> tuple[tuple[Choice, ...], tuple[Choice, ..
     turns = {branch: turn for turn, branch in enumerate(_by_dilation(problem))}
     found.sort(key=lambda choice: (choice.op != "fwd", not choice.wider, turns[choice.branch]))
     return _merging(found), tuple(beaten)
+
+
+FASTER = 1.03
+"""cuDNN takes an operation that it was faster at by so much: its time was not taken in turn with ours."""
+
+
+def _external(question: _Question, launches: tuple[Choice, ...]) -> tuple[tuple[str, str], ...]:
+    """Operations that cuDNN computes, and was measured to be faster at."""
+    if not cudnn_takes(question.problem, question.device):
+        return ()
+    alone = replace(question, branches=(0,))
+    times = {op: found[1] for op in EVERY_OP if (found := _climb(alone, op)) is not None}
+    gradients = [choice.op for choice in launches if choice.op != "fwd"]
+    judged = {"fwd": ("fwd", ["fwd"])}
+    if question.backward and not question.problem.deterministic:
+        judged[BACKWARD] = ("dkdv", gradients)
+    external = []
+    for op, (asked, ops) in judged.items():
+        beside, ours = times.get(asked), [times.get(name) for name in ops]
+        if beside is not None and beside.cudnn is not None and all(ours):
+            spent = sum(taken.median for taken in ours if taken is not None)
+            if beside.cudnn * FASTER < spent:
+                external.append((op, f"{beside.cudnn:g} us beside {spent:g} us of ours"))
+    return tuple(external)
 
 
 def _merging(launches: Iterable[Choice]) -> tuple[Choice, ...]:

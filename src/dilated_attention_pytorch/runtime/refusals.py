@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 from ..config import Problem
 from ..device import INTERPRETER, Device, Toolchain
+from .variants import acting_order
+
+CUDNN_COLUMNS = 128
+"""The widest head that cuDNN's backward takes."""
 
 
 def refusals(problem: Problem, device: Device | None, toolchain: Toolchain) -> tuple[str, ...]:
@@ -26,6 +30,17 @@ def torch_refusals(problem: Problem) -> tuple[str, ...]:
     if problem.query_range is not None:
         reasons.append(f"it computes all queries of a sequence, not the range {problem.query_range}")
     return tuple(reasons)
+
+
+def cudnn_takes(problem: Problem, device: Device) -> bool:
+    """cuDNN's attention computes it: one branch that keeps every step of whole segments, in token order, as views."""
+    one = len(problem.branches) == 1 and problem.branches[0][1] == 1
+    plain = not (problem.mask or problem.dropout) and problem.head_offset != "table" and problem.query_range is None
+    if not one or not plain or problem.heads != problem.kv_heads or problem.length % problem.segment(0):
+        return False
+    columns = problem.head_dim % 8 == 0 and problem.head_dim <= CUDNN_COLUMNS
+    tensor_cores = device.arch.startswith("sm_") and int(device.arch.removeprefix("sm_")) >= 80
+    return tensor_cores and columns and problem.dtype in ("bf16", "fp16") and acting_order(problem, 0) == "none"
 
 
 def _of_machine(device: Device | None, toolchain: Toolchain) -> Iterator[str]:

@@ -18,6 +18,9 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
     yield _problem(plan.problem)
     yield f"device   {plan.device or 'CPU'}"
     yield f"backend  {plan.backend}, lowest rung: {plan.rung}"
+    for op, why in plan.external:
+        if backward or op == "fwd":
+            yield f"         {'forward' if op == 'fwd' else 'backward'} by cuDNN on views of the segments: {why}"
     for name, sentence in plan.refusals:
         yield f"         not {name}: {sentence}"
     for choice in plan.beaten:

@@ -11,7 +11,7 @@ from ..config import LaunchConfig
 from ..database import Check, Entry, Provenance, Times
 from ..device import Device
 from .journal import Journal, Measurement, Pick, Run
-from .space import KERNEL
+from .space import CUDNN, KERNEL
 
 
 def fold(journal: Journal, picks: Iterable[Pick], device: Device, root: Path) -> list[Path]:
@@ -46,7 +46,15 @@ def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
         key=pick.key,
         config=LaunchConfig(**pick.config) if pick.route == KERNEL else CallConfig(**pick.config),  # type: ignore[arg-type]
         resources=finals.resources,
-        time_us=Times(pick.median_us, pick.low_us, pick.high_us, pick.default_us, pick.second_us, pick.apart_us),
+        time_us=Times(
+            pick.median_us,
+            pick.low_us,
+            pick.high_us,
+            pick.default_us,
+            pick.second_us,
+            pick.apart_us,
+            _cudnn_us(pick, journal),
+        ),
         check=Check(worst.error, worst.tolerance),
         provenance=Provenance(
             kernel=_hash_of(finals.variant),
@@ -57,6 +65,12 @@ def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
             candidates=pick.candidates,
         ),
     )
+
+
+def _cudnn_us(pick: Pick, journal: Journal) -> float | None:
+    """What cuDNN took of the same problem; None where it was not timed, was wrong, or spread too wide."""
+    rows = (row for row in journal.measurements if (row.key, row.route, row.stage) == (pick.key, CUDNN, "finals"))
+    return next((row.median_us for row in rows if row.status == "ok" and not row.flag), None)
 
 
 def is_noisy(pick: Pick, journal: Journal) -> bool:

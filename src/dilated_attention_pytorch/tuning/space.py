@@ -258,7 +258,8 @@ def apart(task: Task, as_dispatched: Callable[[str, tuple[int, ...]], list[Launc
 
 
 def rivals(task: Task, device: Device) -> list[Candidate]:
-    """External routes that could run in a kernel's place: what the user would have written. Timed, never recorded.
+    """External routes that could run in a kernel's place: what the user would have written. Timed, never the winner:
+    what cuDNN takes is recorded beside it, and where that is attention on plain views, calls go to who was faster.
 
     Their backward gives all gradients at once. It is timed beside the launch that writes dK and dV, and judged beside
     all launches that it stands for.
