@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,14 @@ def test_screening_ranks_what_compiles(tmp_path: Path, capsys: pytest.CaptureFix
     given = ["--workload", "core", "--dtype", "fp16", "--candidates", "2", "--output", str(output)]
     assert cli.main(["screen", "--arch", "sm_120", *given]) == 2  # the core has no fp16
     assert "there is nothing to tune" in capsys.readouterr().err
-    given[3] = "bf16"
+    misses = tmp_path / "misses.jsonl"
+    core = replace(named("core").problem(dtype="bf16"), branches=((64, 1),))
+    misses.write_text(json.dumps(asdict(core)) + "\n", encoding="utf-8")
+    given[:4] = ["--from-misses", str(misses)]
     assert cli.main(["screen", "--arch", "sm_120", *given, "--processes", "2"]) == 0
     ranked = json.loads(output.read_text(encoding="utf-8"))
-    # Three patterns, by each kernel and by one launch for all gradients.
-    assert ranked["arch"] == "sm_120" and len(ranked["problems"]) == 3 * len(EVERY_OP)
+    # By each kernel, and by one launch for all gradients.
+    assert ranked["arch"] == "sm_120" and len(ranked["problems"]) == len(EVERY_OP)
     for problem in ranked["problems"]:
         spills = [row["resources"]["spills"] for row in problem["candidates"]]
         assert spills == sorted(spills) and len(spills) + len(problem["failed"]) >= 2
