@@ -16,6 +16,8 @@ OPS = ("fwd", "dkdv", "dq")
 BACKWARD = "bwd"
 """One launch that gives dq, dk and dv, in the place of the last two."""
 EVERY_OP = (*OPS, BACKWARD)
+RESULTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",), BACKWARD: ("dq", "dk", "dv")}
+"""What a launch of each operation writes."""
 BY_KEYS = ("dkdv", BACKWARD)
 """Operations whose programs own tiles of keys."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}

@@ -42,7 +42,7 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
 }
 _CAUSAL_ON_HOPPER = (64, 64, 4, 3)
 """Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in regret_nvidia-h100-80gb-hbm3.json."""
-# By tensor descriptor, of segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
+# By tensor descriptor, head_dim 64 and 128, segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
 _DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
     "fwd": {128: ((64, 128, 4, 2),), 256: ((64, 64, 4, 3),)},
     "dkdv": {128: ((32, 64, 4, 4),), 256: ((64, 64, 4, 2),)},
@@ -113,7 +113,7 @@ def default(
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
-        by_descriptor = _DESCRIBED_ON_HOPPER[op].get(max(row_bytes, 128), ())
+        by_descriptor = _DESCRIBED_ON_HOPPER[op].get(row_bytes, ())
         described = [LaunchConfig(*size, loads="descriptor") for size in by_descriptor]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys((*described, *configs)))

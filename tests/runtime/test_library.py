@@ -63,7 +63,7 @@ def test_who_was_faster_takes_it(
 
 
 def test_nobody_guesses_and_nobody_is_overruled(tmp_path: Path) -> None:
-    """A part that nobody timed taken for nothing; kernels that the caller asked for by name, not run."""
+    """A part that nobody timed taken for nothing, or another problem's; kernels that the caller asked for, not run."""
     assert planned(tmp_path, *FASTER).backend == "cudnn"
     assert [op for op, _ in planned(tmp_path, *FASTER[:2], root="half").external] == ["fwd"]
     assert planned(tmp_path, *FASTER, backend="triton").backend == "triton"
@@ -71,6 +71,9 @@ def test_nobody_guesses_and_nobody_is_overruled(tmp_path: Path) -> None:
     assert not planned(tmp_path, *FASTER, options=tiles).hands_over("fwd")
     assert not planned(tmp_path, *FASTER, problem=replace(LOCAL, deterministic=True)).hands_over("bwd")
     assert [op for op, _ in planned(tmp_path, *FASTER, backward=False).external] == ["fwd"]
+    near = replace(LOCAL, branches=((1024, 1),))
+    assert {choice.rung for choice in planned(tmp_path, *FASTER, problem=near).launches} == {"nearest"}
+    assert planned(tmp_path, *FASTER, problem=near).external == ()
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,36 @@ def test_a_noisy_winner_is_not_recorded(tmp_path: Path, monkeypatch: pytest.Monk
     assert {row.flag for row in found.measurements if row.stage == "finals" and row.route == "kernel"} == {"noisy"}
 
 
+@pytest.mark.parametrize(("share", "draws"), [(1 << 30, 1), (0, 2)])
+def test_a_problems_tensors_are_drawn_once(share: int, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float64 reference run again for each operation; or a GPU that fills up with the tensors of earlier tasks."""
+    drawn: list[Problem] = []
+    draw = scenes.drawn
+
+    def counted(problem: Problem, *how: object) -> Scene:
+        drawn.append(problem)
+        return draw(problem, *how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scenes, "drawn", counted)
+    monkeypatch.setattr(measure, "DRAWN_BYTES", share)
+    asked = bench("cpu", DEVICE, {"kernel": loaded})
+    first, other = replace(PROBLEM, branches=((64, 1),)), replace(PROBLEM, branches=((128, 1),))
+    for problem in (first, other, first):
+        for task in tasks(problem):
+            found = asked(CheckJob(task, candidates(task)[0]))
+            assert isinstance(found, measure.Checked) and not found.wrong
+    assert drawn.count(scenes.small(first)) == draws
+    assert drawn.count(scenes.small(other)) == 1
+
+
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("op", ["fwd", "dkdv", "dq"])
 def test_what_must_come_out_is_told_twice_alike(op: str, merge: bool) -> None:
     """An expectation that is wrong: every right kernel is dropped."""
     cpu = torch.device("cpu")
     problem = replace(PROBLEM, mask=True, order="snake", row_width=11, padding="zeros", dropout=True, causal=False)
-    exact, wide = (scenes.scene(problem, op, merge, DEVICE, cpu, seed=5, exact=exact) for exact in (True, False))
+    tensors = (scenes.drawn(problem, DEVICE, cpu, seed=5, exact=exact) for exact in (True, False))
+    exact, wide = (scenes.asked(each, op, merge, seed=5) for each in tensors)
     assert torch.equal(exact.q, wide.q)
     if merge:
         assert all(torch.allclose(exact.before[name], wide.before[name], atol=1e-5) for name in exact.before)
@@ -140,7 +163,7 @@ def swapped(scene: Scene, candidate: Candidate) -> Launcher:
 def test_rounding_alone_is_no_error(op: str, name: str, segment: int) -> None:
     """A right kernel dropped, as bf16 costs the formula itself more than the tolerance; or any error excused so."""
     problem = replace(PROBLEM, dtype="bf16", branches=((segment, 1),))
-    inputs = scenes.scene(problem, op, False, DEVICE, torch.device("cpu"), seed=2, exact=True)
+    inputs = scenes.asked(scenes.drawn(problem, DEVICE, torch.device("cpu"), seed=2, exact=True), op, False, seed=2)
     rounding = scenes.rounded(inputs, alone=False)[name].double() - inputs.expected[name]
     tolerance = TOLERANCES["bf16"].out if op == "fwd" else TOLERANCES["bf16"].grad
     assert 1.9 * rounding.norm() > tolerance * inputs.expected[name].norm()
@@ -151,7 +174,8 @@ def test_rounding_alone_is_no_error(op: str, name: str, segment: int) -> None:
 
 def test_rounding_is_merged_as_results_are() -> None:
     """A merged result held to the rounding of the branch alone: any error of the merge would be excused."""
-    inputs = scenes.scene(replace(PROBLEM, dtype="bf16"), "fwd", True, DEVICE, torch.device("cpu"), seed=2, exact=True)
+    tensors = scenes.drawn(replace(PROBLEM, dtype="bf16"), DEVICE, torch.device("cpu"), seed=2, exact=True)
+    inputs = scenes.asked(tensors, "fwd", True, seed=2)
     merged, wanted = scenes.rounded(inputs, alone=False)["out"], inputs.expected["out"]
     assert 0 < (merged - wanted).norm() < 0.01 * wanted.norm()
 

@@ -66,7 +66,7 @@ def test_what_is_launched_was_compiled(op: str, kind: str, loads: str, monkeypat
 
     monkeypatch.setattr(screen, "_compiled", compiled)
     screen.compile_offline(problem, choice, H100.arch)
-    scene = scenes.scene(problem, op, False, H100, torch.device("cpu"), 0, exact=False)
+    scene = scenes.asked(scenes.drawn(problem, H100, torch.device("cpu"), 0, exact=False), op, False, 0)
 
     by_tuner, by_call = Caught(), Caught()
     monkeypatch.setattr(routes, "run_kernel", by_tuner)

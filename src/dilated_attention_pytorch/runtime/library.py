@@ -65,12 +65,11 @@ def backward(
         sides: dict[str, Any] = {"index": index, "mask": mask, "offsets": offsets, "dropout": dropout}
         return launch.backward(plan, q, k, v, out, lse, dout, dlse, scale=scale, **sides)
     problem = plan.problem
-    given, *views = (_segments(problem, x) for x in (dout, q, k, v, out))
     rows = lse.view(problem.batch, problem.heads, -1, problem.segment(0)).transpose(1, 2).flatten(0, 1).contiguous()
+    saved = _segments(problem, q), _segments(problem, k), _segments(problem, v), _segments(problem, out), rows
     with no_autocast(q.device):
-        gradients = attend_backward(given, (views[0], views[1], views[2], views[3], rows), problem.causal, scale)
-    dq, dk, dv = (_whole(problem, gradient) for gradient in gradients)
-    return dq, dk, dv
+        dq, dk, dv = attend_backward(_segments(problem, dout), saved, problem.causal, scale)
+    return _whole(problem, dq), _whole(problem, dk), _whole(problem, dv)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

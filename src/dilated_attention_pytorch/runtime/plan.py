@@ -13,7 +13,7 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import BACKWARD, EVERY_OP, LaunchConfig, Problem
+from ..config import BACKWARD, EVERY_OP, RESULTS, LaunchConfig, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
@@ -84,7 +84,7 @@ class Choice:
     @property
     def stores(self) -> tuple[str, ...]:
         """The results that it writes, or merges into what an earlier launch wrote."""
-        return {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",), BACKWARD: ("dk", "dv", "dq")}[self.op]
+        return RESULTS[self.op]
 
 
 @dataclass(frozen=True)
@@ -477,22 +477,21 @@ FASTER = 1.03
 
 
 def _external(question: _Question, launches: tuple[Choice, ...]) -> tuple[tuple[str, str], ...]:
-    """Operations that cuDNN computes, and was measured to be faster at."""
+    """Operations that cuDNN computes, and was measured to be faster at: of this very problem, as our launches were."""
     if not cudnn_takes(question.problem, question.device):
         return ()
     alone = replace(question, branches=(0,))
-    times = {op: found[1] for op in EVERY_OP if (found := _climb(alone, op)) is not None}
-    gradients = [choice.op for choice in launches if choice.op != "fwd"]
-    judged = {"fwd": ("fwd", ["fwd"])}
+    climbed = (_climb(alone, op) for op in EVERY_OP)
+    times = {found[0].op: found[1] for found in climbed if found is not None and found[0].rung in MEASURED}
+    judged = [("fwd", "fwd", ["fwd"])]
     if question.backward and not question.problem.deterministic:
-        judged[BACKWARD] = ("dkdv", gradients)
+        judged.append((BACKWARD, "dkdv", [choice.op for choice in launches if choice.op != "fwd"]))
     external = []
-    for op, (asked, ops) in judged.items():
-        beside, ours = times.get(asked), [times.get(name) for name in ops]
-        if beside is not None and beside.cudnn is not None and all(ours):
-            spent = sum(taken.median for taken in ours if taken is not None)
-            if beside.cudnn * FASTER < spent:
-                external.append((op, f"{beside.cudnn:g} us beside {spent:g} us of ours"))
+    for op, beside, ops in judged:
+        ours = [taken.median for name in ops if (taken := times.get(name)) is not None]
+        cudnn = taken.cudnn if (taken := times.get(beside)) is not None else None
+        if cudnn is not None and len(ours) == len(ops) and cudnn * FASTER < sum(ours):
+            external.append((op, f"{cudnn:g} us beside {sum(ours):g} us of ours"))
     return tuple(external)
 
 

@@ -39,8 +39,12 @@ def cudnn_takes(problem: Problem, device: Device) -> bool:
     if not one or not plain or problem.heads != problem.kv_heads or problem.length % problem.segment(0):
         return False
     columns = problem.head_dim % 8 == 0 and problem.head_dim <= CUDNN_COLUMNS
-    tensor_cores = device.arch.startswith("sm_") and int(device.arch.removeprefix("sm_")) >= 80
-    return tensor_cores and columns and problem.dtype in ("bf16", "fp16") and acting_order(problem, 0) == "none"
+    return columns and cudnn_runs(problem.dtype, device) and acting_order(problem, 0) == "none"
+
+
+def cudnn_runs(dtype: str, device: Device) -> bool:
+    """cuDNN has an attention of this dtype on this device."""
+    return dtype in ("bf16", "fp16") and device.arch.startswith("sm_") and int(device.arch.removeprefix("sm_")) >= 80
 
 
 def _of_machine(device: Device | None, toolchain: Toolchain) -> Iterator[str]:

@@ -249,8 +249,8 @@ def _unreachable(row: Row, device: Device, found: Database) -> Iterator[str]:
         yield f"no call can use it: {error}; remove the entry"
         return
     whole = tuple(range(len(problem.branches)))
-    named = ((choice.op, choice.branches, choice) for choice in (*launched, *beaten))
-    choice = next((choice for op, branches, choice in named if (op, branches) == (row.entry.key.op, whole)), None)
+    asked = (row.entry.key.op, whole)
+    choice = next((choice for choice in (*launched, *beaten) if (choice.op, choice.branches) == asked), None)
     if choice is None:
         yield "no call can use it: no text computes these branches in one pass; remove the entry"
         return

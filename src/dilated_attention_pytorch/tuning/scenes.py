@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config import BACKWARD, EVERY_OP, Problem, head_offsets
+from ..config import RESULTS, Problem, head_offsets
 from ..device import Device
 from ..order import TokenOrder
 from ..runtime import torch_backend
@@ -18,7 +18,6 @@ from ..runtime.dropout import Dropout
 from ..runtime.plan import Plan
 from .routes import Outputs, Scene
 
-OUTPUTS = {"fwd": ("out", "lse"), "dkdv": ("dk", "dv"), "dq": ("dq",), BACKWARD: ("dq", "dk", "dv")}
 DROPOUT_P = 0.1
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -46,11 +45,6 @@ def ragged(problem: Problem) -> Problem:
 def _of_length(problem: Problem, length: int) -> Problem:
     """One batch element of another length; a snake keeps its row width, so that it acts as it does in the task."""
     return replace(problem, batch=1, length=length, query_range=None)
-
-
-def scene(problem: Problem, op: str, merge: bool, device: Device, where: torch.device, seed: int, exact: bool) -> Scene:
-    """What `drawn` and `asked` make together."""
-    return asked(drawn(problem, device, where, seed, exact), op, merge, seed)
 
 
 def drawn(problem: Problem, device: Device, where: torch.device, seed: int, exact: bool) -> Scene:
@@ -199,7 +193,7 @@ def _earlier(inputs: Scene, generator: torch.Generator) -> Outputs:
         return (noise * x.float().square().mean().sqrt()).to(inputs.q.dtype)
 
     if inputs.op != "fwd":
-        return {name: like(inputs.alone[name]) for name in OUTPUTS[inputs.op]}
+        return {name: like(inputs.alone[name]) for name in RESULTS[inputs.op]}
     lse = inputs.alone["lse"]
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
     noise = torch.randn(lse.shape, generator=generator, device=lse.device)
@@ -209,9 +203,9 @@ def _earlier(inputs: Scene, generator: torch.Generator) -> Outputs:
 def _mixed(inputs: Scene, found: Outputs) -> Outputs:
     """What a launch must write: a branch's results, merged into an earlier one's if there is one."""
     if not inputs.merge:
-        return {name: found[name] for name in OUTPUTS[inputs.op]}
+        return {name: found[name] for name in RESULTS[inputs.op]}
     if inputs.op != "fwd":
-        return {name: found[name] + inputs.before[name].to(found[name].dtype) for name in OUTPUTS[inputs.op]}
+        return {name: found[name] + inputs.before[name].to(found[name].dtype) for name in RESULTS[inputs.op]}
     out, lse = found["out"], found["lse"]
     both = torch.logaddexp(lse, inputs.before["lse"].to(lse.dtype))
     weight = torch.exp(lse - both).transpose(1, 2).unsqueeze(3)
@@ -221,7 +215,7 @@ def _mixed(inputs: Scene, found: Outputs) -> Outputs:
 def fresh(inputs: Scene, guard: int) -> tuple[Outputs, list[tuple[str, Tensor]]]:
     """Outputs between guard bands of NaN, and the whole memory of each: full of NaN, or of an earlier branch."""
     outputs, memories = {}, []
-    for name in OUTPUTS[inputs.op]:
+    for name in RESULTS[inputs.op]:
         shape = inputs.expected[name].shape
         dtype = torch.float32 if name == "lse" else inputs.q.dtype
         memory = torch.full((shape.numel() + 2 * guard,), torch.nan, dtype=dtype, device=inputs.q.device)
@@ -230,6 +224,3 @@ def fresh(inputs: Scene, guard: int) -> tuple[Outputs, list[tuple[str, Tensor]]]
             outputs[name].copy_(inputs.before[name])
         memories.append((name, memory))
     return outputs, memories
-
-
-assert OUTPUTS.keys() == set(EVERY_OP)

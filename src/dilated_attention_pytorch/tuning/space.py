@@ -15,6 +15,7 @@ from .. import generated, heuristics
 from ..call_config import ROWS, CallConfig
 from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
+from ..runtime.refusals import cudnn_runs, cudnn_takes
 from ..runtime.torch_calls import Budget, calls
 from ..runtime.variants import may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
 from .problems import Task, default_config, every_branch
@@ -267,17 +268,17 @@ def rivals(task: Task, device: Device) -> list[Candidate]:
     problem = task.problem
     if len(problem.branches) > 1 or device.arch == CPU:
         return []  # what mixes the branches would be another's work; on a CPU the torch backend is what is tuned
-    dense = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
+    plain = problem.order == "none" and problem.queries == "dilated" and not (problem.mask or problem.dropout)
     whole = problem.length % problem.segment(0) == 0 and problem.segment(0) % problem.branches[0][1] == 0
     together = problem.heads == problem.kv_heads or problem.branches[0][1] == 1  # heads of a group keep the same steps
     views = together and problem.head_offset != "table" and problem.padding == "none"
-    cudnn = dense and whole and views and problem.dtype in ("bf16", "fp16")
-    supported = device.arch.startswith("sm_") and int(device.arch[3:]) >= 80
+    strided = plain and whole and views and cudnn_runs(problem.dtype, device)
+    cudnn = strided or cudnn_takes(problem, device)
     if task.op != "fwd":
-        return [Candidate(CUDNN, (("gradients", "all"),))] if task.op == "dkdv" and cudnn and supported else []
+        return [Candidate(CUDNN, (("gradients", "all"),))] if task.op == "dkdv" and cudnn else []
     return [
         *([Candidate(TORCH)] if task.flops < RIVAL_FLOPS else []),
-        *([Candidate(CUDNN)] if cudnn and supported else []),
+        *([Candidate(CUDNN)] if cudnn else []),
     ]
 
 

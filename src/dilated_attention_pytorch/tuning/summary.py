@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from ..config import EVERY_OP, ProblemKey
+from ..config import EVERY_OP, RESULTS, ProblemKey
 from .folding import is_noisy
 from .journal import Journal, Measurement, Pick
 from .ledger import title
 from .problems import Task
-from .scenes import OUTPUTS
 from .search import candidate_of
 from .space import APART, KERNEL
 
@@ -59,7 +58,7 @@ BACKWARDS = [
     ops
     for count in range(1, len(EVERY_OP) + 1)
     for ops in itertools.combinations(EVERY_OP, count)
-    if sorted(name for op in ops for name in OUTPUTS[op]) == ["dk", "dq", "dv"]
+    if sorted(name for op in ops for name in RESULTS[op]) == ["dk", "dq", "dv"]
 ]
 """Launches that together write every gradient once."""
 
