@@ -128,6 +128,21 @@ def test_each_kind_of_text(name: str, loads: str, features: str) -> None:
     check_results(run_kernels(case, inputs, tiles), oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each head's steps side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.interpreter
+def test_heads_that_lie_behind_all_steps() -> None:
+    """A descriptor of a batch of one whose rows end before the second head begins: it would read zeros."""
+    case = pattern_case(Variant.from_name("general_even"), heads=2, dtype="fp16")
+    inputs = make_inputs(case)
+    tiles = dict.fromkeys(OPS, LaunchConfig(16, 16, num_warps=4, num_stages=1, loads="descriptor"))
+    moved = inputs._replace(q=heads_first(inputs.q), k=heads_first(inputs.k), v=heads_first(inputs.v))
+    check_results(run_kernels(case, moved, tiles), oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "case",

@@ -342,6 +342,7 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
 def _is_describable(x: Tensor, values: Mapping[str, Any], stride: int) -> bool:
     """Rows of `stride` steps of (B, N, heads, D) are those of a matrix that the hardware can be told of."""
     one_matrix = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    one_matrix &= (x.shape[2] - 1) * x.stride(2) + x.shape[3] <= x.stride(1)  # a step's heads lie within its row
     aligned = x.data_ptr() % 16 == 0 and stride * x.stride(1) * x.element_size() % 16 == 0 and x.stride(1) > 0
     unpadded = values["HEAD_DIM"] == values["BLOCK_D"] and x.stride(3) == 1
     return one_matrix and aligned and unpadded and x.shape[1] % stride == 0
