@@ -25,6 +25,9 @@ SMALLEST_TILE = 16
 EVEN_ROWS = 64
 """Kept rows are a multiple of this where tiles of 64, the commonest size, shall fill a segment."""
 
+EVEN = "nothing is ragged"
+RING = "nothing is ragged, on Hopper"
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -50,7 +53,7 @@ class Pattern:
         self.variant()
 
     def variant(self, *, one_tile: bool = False, even: bool = False) -> Variant:
-        """One of the pattern's texts."""
+        """One of the pattern's texts in Triton."""
         return Variant(self.segment, self.dilation, self.order, self.queries, one_tile, even, self.wider)
 
     def texts(self) -> Iterator[tuple[Variant, str]]:
@@ -63,7 +66,10 @@ class Pattern:
         whole = isinstance(self.segment, str) or self.segment % self.dilation == 0
         yield self.variant(), ""
         if whole and (rows is None or rows % EVEN_ROWS == 0):
-            yield self.variant(even=True), "nothing is ragged"
+            even = self.variant(even=True)
+            yield even, EVEN
+            if even.ringable:
+                yield replace(even, ring=True), RING
         if rows is not None and rows <= ONE_TILE_ROWS:
             yield self.variant(one_tile=True), "one tile holds a segment"
             if whole and rows >= SMALLEST_TILE and rows & (rows - 1) == 0:
@@ -127,7 +133,9 @@ def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
                 unlisted = ("any other segment and dilation", "one segment, any other dilation")
                 for segment, reason in zip((None, "full"), unlisted, strict=True):
                     variant = Variant(segment, None, order, queries, even=even)
-                    reasons_of[variant] = f"{reason}; nothing is ragged" if even else reason
+                    reasons_of[variant] = f"{reason}; {EVEN}" if even else reason
+                    if variant.ringable:
+                        reasons_of[replace(variant, ring=True)] = f"{reason}; {RING}"
     for queries, even in itertools.product(QUERIES, (False, True)):
         reason = "any other segment, one tile is one" if even else "any other segment that one tile holds"
         reasons_of[Variant(None, None, queries=queries, one_tile=True, even=even)] = reason
@@ -138,7 +146,7 @@ def _reading_order(variant: Variant) -> tuple[int, ...]:
     """The general ones, then full ones, then segments by number: as a person would look one up."""
     length = variant.segment if isinstance(variant.segment, int) else -1 if variant.segment == "full" else -2
     words = ORDERS.index(variant.order), QUERIES.index(variant.queries)
-    return len(variant.wider), length, variant.dilation or 0, *words, variant.one_tile, variant.even
+    return len(variant.wider), length, variant.dilation or 0, *words, variant.one_tile, variant.even, variant.ring
 
 
 VARIANTS = expand(PATTERNS)

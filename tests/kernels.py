@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dilated_attention_pytorch as dap
+from dilated_attention_pytorch import heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_two
 from dilated_attention_pytorch.device import current
 from dilated_attention_pytorch.runtime import launch
@@ -100,13 +101,16 @@ def pattern_case(
     """A call whose one launch runs this variant: whole segments for an even text, else a short last one."""
     rate = variant.dilation or (4 if variant.one_tile and variant.even else 3)
     branches = variant.levels
+    even_rows = 256 if variant.ring else 64
+    if variant.ring:  # of what its tensor cores take, and a mask not at all
+        D, dtype, mask = D if D in heuristics.RING_HEAD_DIMS else 64, "bf16" if dtype == "fp32" else dtype, False
     if branches:
         segment, length = branches[0][0], min(branches[-1][0], 4 * branches[0][0])
         length += 0 if variant.even else segment // 3 + 1
     elif variant.segment == "full":
-        segment, length = 1 << 20, (64 * rate if variant.even else 62 * rate + 1)
+        segment, length = 1 << 20, (even_rows * rate if variant.even else 62 * rate + 1)
     else:
-        segment = variant.segment or (64 * rate if variant.even else 100)
+        segment = variant.segment or (even_rows * rate if variant.even else 100)
         # Five segments of 128 cut a row of the snake that runs backwards: two do not, and where every step is kept the
         # snake would be left out.
         segments = 5 if variant.order == "snake" and rate == 1 else 2
@@ -115,7 +119,7 @@ def pattern_case(
         N=length,
         branches=branches or ((segment, rate),),
         H=heads,
-        G=heads if variant.one_tile and variant.even else heads // 2,
+        G=heads if (variant.one_tile and variant.even) or (variant.ring and rate > 1) else heads // 2,
         D=D,
         queries=variant.queries,
         head_offset="zero" if variant.queries == "all" else "cyclic",
@@ -128,6 +132,8 @@ def pattern_case(
 
 def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     """Tiles with which the plan comes to the variant; None where any do."""
+    if variant.ring:
+        return dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"))
     rows = variant.rows or 64
     if not variant.one_tile:
         # Not all keys in one tile, and an even divisor of all rows.
@@ -144,7 +150,7 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
 
 def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
     """Tiles with all that a measurement may choose and few defaults do: descriptors, all gradients in one launch."""
-    loads = "descriptor" if variant.described else "pointer"
+    loads = "ring" if variant.ring else "descriptor" if variant.described else "pointer"
     tiles = pattern_config(variant) or {}
     config = {op: replace(tiles[op], loads=loads) for op in OPS}
     if not variant.joinable:

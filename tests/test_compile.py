@@ -41,7 +41,7 @@ def _statements(variant: Variant) -> tuple[object, ...]:
     fixed = variant.segment if not isinstance(variant.segment, int) else "fixed"
     strided = variant.dilation if variant.dilation in (None, 1) else "strided"
     kinds = variant.order, variant.queries, variant.one_tile, variant.even
-    return fixed, strided, *kinds, len(variant.wider)
+    return fixed, strided, *kinds, len(variant.wider), variant.ring
 
 
 ONE_OF_EACH = {_statements(variant): variant.name for variant in VARIANTS}.values()
@@ -49,6 +49,7 @@ CELLS = [
     (variant.name, arch)
     for variant in VARIANTS
     for arch in EVERYWHERE
+    if arch == "sm_90" or not variant.ring
     if ALL or variant.name in KINDS or (arch == "sm_90" and variant.name in ONE_OF_EACH)
 ]
 """Every variant is compiled for every GPU by `make prove`."""
@@ -58,7 +59,9 @@ def compiled(
     variant: Variant, op: str, arch: str, problem: Problem, *, merge: bool = False, quick: bool = False
 ) -> tuple[Resources, int]:
     """What the launch takes, and what the plan believes that it takes; `quick` is with tiles that compile soon."""
-    config = FLOOR[0] if quick and not ALL and not variant.one_tile else _config(variant, op, arch, problem)
+    config = (
+        FLOOR[0] if quick and not (ALL or variant.one_tile or variant.ring) else _config(variant, op, arch, problem)
+    )
     choice = Choice.of(op, tuple(range(len(problem.branches))), variant, config, "test", "", merge=merge)
     estimate = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
     return compile_offline(problem, choice, arch), estimate
@@ -71,6 +74,7 @@ def _config(variant: Variant, op: str, arch: str, problem: Problem) -> LaunchCon
         assert config is not None
         return config[op]
     configs = untuned(problem, tuple(range(len(problem.branches))), op, arch, generated.names())
+    configs = [config for config in configs if (config.loads == "ring") == variant.ring]
     limit = device.SHARED_BYTES[arch]
     fitting = [c for c in configs if heuristics.shared_bytes(op, problem.head_dim, problem.dtype, c, arch) <= limit]
     return (fitting or list(FLOOR))[0]

@@ -60,6 +60,9 @@ def head_offsets(rule: str, heads: int, rate: int) -> tuple[int, ...]:
 SIZES = ("block_m", "block_n", "num_warps", "num_stages")
 """Fields of a `LaunchConfig` that are always written; the others are where they have not their default."""
 
+LOADS = ("pointer", "descriptor", "ring")
+"""How tiles get to where products take them from."""
+
 
 @dataclass(frozen=True, order=True)
 class LaunchConfig:
@@ -69,9 +72,9 @@ class LaunchConfig:
         block_m: Query rows a tile.
         block_n: Key rows a tile.
         num_warps: Warps a CTA.
-        num_stages: Software-pipelining depth of the loads in the loop.
+        num_stages: Software-pipelining depth of the loads in the loop; places of the ring, where there is one.
         maxnreg: Registers a thread at most; None leaves it to the compiler.
-        loads: "pointer" or "descriptor".
+        loads: "pointer", "descriptor", or "ring": by descriptor into a ring of tiles that a kernel in Gluon keeps.
     """
 
     block_m: int
@@ -95,8 +98,8 @@ class LaunchConfig:
             raise ConfigError(f"num_stages must lie in 1..8, got {self.num_stages!r}")
         if self.maxnreg is not None and (not isinstance(self.maxnreg, int) or not 24 <= self.maxnreg <= 255):
             raise ConfigError(f"maxnreg must lie in 24..255 or be absent, got {self.maxnreg!r}")
-        if self.loads not in ("pointer", "descriptor"):
-            raise ConfigError(f"loads must be 'pointer' or 'descriptor', got {self.loads!r}")
+        if self.loads not in LOADS:
+            raise ConfigError(f"loads must be one of {', '.join(LOADS)}, got {self.loads!r}")
 
     @property
     def name(self) -> str:

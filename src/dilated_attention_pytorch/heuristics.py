@@ -48,6 +48,17 @@ _DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
     "dkdv": {128: ((32, 64, 4, 4),), 256: ((64, 64, 4, 2),)},
     "dq": {128: ((64, 64, 4, 3),), 256: ((128, 64, 8, 3),)},
 }
+# With a ring of tiles, likewise.
+_RINGS_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
+    "fwd": {128: ((64, 128, 4, 2), (64, 64, 4, 3)), 256: ((64, 64, 4, 2),)},
+    "dkdv": {128: ((32, 64, 4, 3),), 256: ((64, 64, 4, 2),)},
+    "dq": {128: ((64, 64, 4, 2),), 256: ((64, 64, 4, 2),)},
+}
+RING_HEAD_DIMS = (64, 128)
+GLUON = ("3.6", "3.9")
+"""Oldest and newest Triton whose compiler has taken the texts in Gluon, which Triton calls experimental."""
+RING_BARRIERS = 1280
+"""Bytes that the barriers of a ring take, and what passes between warps."""
 DESCRIBED_ROWS = 128
 """Segments of fewer rows, queries or keys, are not loaded by descriptor untuned: nobody has timed it."""
 # float32 without tensor cores, and so all that sm_75 and AMD's have: small tiles, or registers overflow.
@@ -113,8 +124,10 @@ def default(
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
-        by_descriptor = _DESCRIBED_ON_HOPPER[op].get(row_bytes, ())
-        described = [LaunchConfig(*size, loads="descriptor") for size in by_descriptor]
+        tables = {"ring": _RINGS_ON_HOPPER, "descriptor": _DESCRIBED_ON_HOPPER}
+        described = [
+            LaunchConfig(*size, loads=loads) for loads, table in tables.items() for size in table[op].get(row_bytes, ())
+        ]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys((*described, *configs)))
 
@@ -159,6 +172,20 @@ def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
     return hardware and head_dim == padded_head_dim(head_dim) and dtype in ("bf16", "fp16")
 
 
+def takes_rings(arch: str, head_dim: int, dtype: str) -> bool:
+    """There are texts in Gluon: for Hopper's tensor cores, at the head dimensions they were measured at."""
+    return arch == "sm_90" and head_dim in RING_HEAD_DIMS and dtype in ("bf16", "fp16")
+
+
+def reads_gluon(triton: str | None) -> bool:
+    """This version of Triton is known to compile the texts in Gluon; None, where there is none, is taken as known."""
+    return triton is None or _minor(GLUON[0]) <= _minor(triton) <= _minor(GLUON[1])
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
 def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch: str) -> int:
     """An upper estimate of the shared memory that a block takes, in bytes, after what Triton 3.7 allocates.
 
@@ -166,6 +193,10 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     often as the pipeline buffers them; P or dS passes through shared memory from one product to the next, unless the
     tensor cores take it from registers; lse and delta are buffered like tiles.
     """
+    if config.loads == "ring":
+        stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
+        tiles = stay * (1 if op == "fwd" else 2) + 2 * loop * config.num_stages
+        return tiles * head_dim * DTYPE_BYTES[dtype] + RING_BARRIERS
     if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
         return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
     if op == BACKWARD:

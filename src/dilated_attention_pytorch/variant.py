@@ -21,7 +21,7 @@ QUERIES = ("dilated", "all")
 _NAME = re.compile(
     r"(?:(?P<general>general)|(?:s(?P<segments>[1-9]\d*(?:_[1-9]\d*)*)|(?P<full>full))"
     r"(?:_d(?P<dilations>[1-9]\d*(?:_[1-9]\d*)*))?)"
-    r"(?:_(?P<order>snake|hilbert))?(?P<all>_all)?(?P<one>_one)?(?P<even>_even)?"
+    r"(?:_(?P<order>snake|hilbert))?(?P<all>_all)?(?P<one>_one)?(?P<even>_even)?(?P<ring>_ring)?"
 )
 
 
@@ -56,6 +56,7 @@ class Variant:
         even: Nothing is ragged: the segments fill N, and the tiles fill the segments. No tail mask.
         wider: (segment, dilation) of further branches that are computed in the same pass, a chain: each segment length
             and each dilation rate divides the next, the largest rate the smallest segment.
+        ring: Written in Gluon for Hopper, beside the even text in Triton: the kernel keeps a ring of tiles of its own.
     """
 
     segment: int | str | None
@@ -65,6 +66,7 @@ class Variant:
     one_tile: bool = False
     even: bool = False
     wider: tuple[tuple[int, int], ...] = ()
+    ring: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.segment, str) and self.segment != "full":
@@ -84,6 +86,10 @@ class Variant:
             raise ConfigError("one_tile needs a segment length that is compiled in")
         if self.even and isinstance(self.segment, int) and self.segment % (self.dilation or 1):
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
+        if self.ring and not self.ringable:
+            raise ConfigError(
+                "a ring of tiles is for one branch, even, in loops, whose steps are tokens: the kept ones"
+            )
         if self.wider:
             self._check_chain()
 
@@ -99,10 +105,15 @@ class Variant:
         return bool(self.wider) or (self.even and self.order == "none")
 
     @property
+    def ringable(self) -> bool:
+        """There may be a text beside it, or it is that text, whose kernels keep a ring of tiles of their own."""
+        return self.described and not self.wider and not self.one_tile and self.queries == "dilated"
+
+    @property
     def joinable(self) -> bool:
         """One launch of it may give dq, dk and dv: where one tile may hold all keys that a query sees."""
         every_query = self.queries == "dilated" or self.dilation == 1
-        holdable = self.described and every_query and not self.wider and self.segment != "full"
+        holdable = self.described and every_query and not (self.wider or self.ring) and self.segment != "full"
         return self.one_tile or (holdable and (self.rows is None or self.rows <= HELD_ROWS))
 
     @property
@@ -123,6 +134,8 @@ class Variant:
             parts.append("one")
         if self.even:
             parts.append("even")
+        if self.ring:
+            parts.append("ring")
         return "_".join(parts)
 
     @classmethod
@@ -144,6 +157,7 @@ class Variant:
             one_tile=bool(match["one"]),
             even=bool(match["even"]),
             wider=tuple(zip(segments[1:], dilations[1:], strict=True)),
+            ring=bool(match["ring"]),
         )
 
     def __str__(self) -> str:

@@ -21,13 +21,14 @@ def texts(pattern: Pattern) -> list[str]:
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        (Pattern(2048, 1), ["s2048_d1", "s2048_d1_even"]),
+        (Pattern(2048, 1), ["s2048_d1", "s2048_d1_even", "s2048_d1_even_ring"]),
         (Pattern(16384, 6), ["s16384_d6"]),  # 6 does not divide 16384
         (Pattern(5792, 2), ["s5792_d2"]),  # 2896 rows fill no tiles of 64
         (Pattern(128, 4), ["s128_d4", "s128_d4_one", "s128_d4_one_even"]),  # 32 rows: a tile of their own, no two of 64
         (Pattern(96, 1), ["s96_d1", "s96_d1_one"]),  # 96 rows fill no tile: its size is a power of two
         (Pattern(128, 16), ["s128_d16", "s128_d16_one"]),  # 8 rows fill no tile: a tensor core takes 16
-        (Pattern("full", 3, "hilbert"), ["full_d3_hilbert", "full_d3_hilbert_even"]),
+        (Pattern("full", 3, "hilbert"), ["full_d3_hilbert", "full_d3_hilbert_even"]),  # a ring knows no order
+        (Pattern(2048, 4, "none", "all"), ["s2048_d4_all", "s2048_d4_all_even"]),  # nor queries that are no keys
     ],
     ids=lambda value: "" if isinstance(value, list) else f"{value.segment}:{value.dilation}",
 )
@@ -53,7 +54,10 @@ def test_every_order_and_kind_of_queries_has_its_general_variants() -> None:
         for order in ("", "_snake", "_hilbert")
         for queries in ("", "_all")
         for even in ("", "_even")
-    } | {f"general{queries}_one{even}" for queries in ("", "_all") for even in ("", "_even")}
+    } | {f"general{queries}_one{even}" for queries in ("", "_all") for even in ("", "_even")} | {
+        "general_even_ring",
+        "full_even_ring",
+    }
 
 
 @pytest.mark.parametrize(

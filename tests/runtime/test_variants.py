@@ -100,6 +100,8 @@ def test_every_attention_text_can_run() -> None:
                         queries=variant.queries, row_width=23 * (variant.order == "snake"))  # fmt: skip
         for block_m, block_n in itertools.product((16, 64), (16, 32, 64, 128)):
             reached.add(name(asked, LaunchConfig(block_m, block_n)))
+        if variant.ringable:
+            reached.add(name(asked, LaunchConfig(64, 64, loads="ring")))
     assert reached >= TEXTS - {"delta"}
 
 

@@ -297,7 +297,12 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     }
     if choice.op == "dkdv":
         given["p_dq"] = None  # whatever tensors there are: one kernel for the tuner, CI and calls
-    if "TMA" in kernel.arg_names and config.loads == "descriptor":
+    if config.loads == "ring":
+        described = _described(kernel, choice, given)
+        if not described:
+            return prepared(_by_pointers(choice), values)
+        given |= described | {"STAGES": config.num_stages}
+    elif "TMA" in kernel.arg_names and config.loads == "descriptor":
         given |= _described(kernel, choice, given)
     return kernel, _in_order(kernel, given), programs
 
@@ -322,6 +327,12 @@ def _sizes_of_chain(choice: Choice, values: Mapping[str, Any]) -> tuple[dict[str
     return {"n_tiles": n_tiles, "n_spans": n_spans}, values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
 
 
+def _by_pointers(choice: Choice) -> Choice:
+    """The same tiles of the text in Triton, which takes what no descriptor can be made of."""
+    config = replace(choice.config, loads="pointer")
+    return replace(choice, variant=replace(choice.variant, ring=False), config=config)
+
+
 def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[str, Any]:
     """Descriptors in place of the tensors that tiles are loaded from; none where one cannot be described."""
     kept = choice.variant.levels[-1][1] if choice.wider else values["DILATION"]
@@ -336,7 +347,8 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
     used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
     if not all(_is_describable(values[name], values, stride) for name, (stride, _) in used.items()):
         return {}
-    return {"TMA": True} | {name: _descriptor(values[name], *tile) for name, tile in used.items()}
+    make = _descriptor_of_ring if choice.variant.ring else _descriptor
+    return {"TMA": True} | {name: make(values[name], *tile) for name, tile in used.items()}
 
 
 def _is_describable(x: Tensor, values: Mapping[str, Any], stride: int) -> bool:
@@ -352,8 +364,23 @@ def _descriptor(x: Tensor, stride: int, block: int) -> Any:
     """Tiles of `block` rows, each one head of every `stride`-th step: a step's heads lie side by side."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    return TensorDescriptor(x, *_matrix(x, stride), [block, x.shape[3]])
+
+
+def _descriptor_of_ring(x: Tensor, stride: int, block: int) -> Any:
+    """The same for a text in Gluon, which says how a tile lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    tile = [block, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    return TensorDescriptor(x, *_matrix(x, stride), tile, layout)
+
+
+def _matrix(x: Tensor, stride: int) -> tuple[list[int], list[int]]:
+    """Shape and strides of the matrix whose rows are `stride` steps."""
     row = stride * x.stride(1)
-    return TensorDescriptor(x, [x.shape[0] * x.shape[1] // stride, row], [row, 1], [block, x.shape[3]])
+    return [x.shape[0] * x.shape[1] // stride, row], [row, 1]
 
 
 _STEPPED_DOWN: dict[Choice, Choice] = {}

@@ -25,6 +25,7 @@ from .variants import (
     key_of,
     may_give_all_gradients,
     query_rows,
+    refuses_ring,
     rows_of_class,
     stood_in_for,
     text_for,
@@ -530,16 +531,15 @@ def untuned(
     if op == BACKWARD:
         return heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal)
-    return [
-        config for config in configs if config.loads == "pointer" or _is_described(problem, branches, op, config, texts)
-    ]
+    return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 
-def _is_described(
+def _is_loaded(
     problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig, texts: frozenset[str]
 ) -> bool:
+    """There is a text that loads tiles as this configuration says."""
     variant = text_for(problem, branches, op, config, texts)
-    return variant is not None and variant.described
+    return config.loads == "pointer" or (variant is not None and variant.described)
 
 
 def step_down(problem: Problem, choice: Choice) -> Choice:
@@ -573,6 +573,9 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
         if not found:
             passed.append((rung, silence))
         for config, why, unfit, times in found:
+            if unfit is not None:
+                passed.append((rung, unfit))
+                continue
             variant = text_for(question.problem, question.branches, op, config, question.texts)
             if variant is None and len(question.branches) == 1:
                 raise _NothingFits("generated/ has no general text for this order; `python -m codegen` writes it")
@@ -584,13 +587,10 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
             ):
                 passed.append((rung, reason))
                 continue
-            if unfit is None:
-                if op == BACKWARD and _is_miss(question, op, rung):
-                    continue  # what it stands in for may be measured
-                _refuse_miss(question, op, rung)
-                told = rung, why, tuple(passed)
-                return Choice.of(op, question.branches, variant, config, *told), times
-            passed.append((rung, unfit))
+            if op == BACKWARD and _is_miss(question, op, rung):
+                continue  # what it stands in for may be measured
+            _refuse_miss(question, op, rung)
+            return Choice.of(op, question.branches, variant, config, rung, why, tuple(passed)), times
     if stood_in_for(op, question.branches):
         return None
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
@@ -613,7 +613,7 @@ def _estimated(question: _Question, op: str, config: LaunchConfig, why: str) -> 
     """An offer that nobody has compiled: it fits by the estimate."""
     problem, device = question.problem, question.device
     need = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch)
-    return _Offer(config, why, _too_big(device, config, need))
+    return _Offer(config, why, _no_ring(question, op, config) or _too_big(device, config, need))
 
 
 def _measured(question: _Question, op: str, hits: list[Hit], *, stale: bool = False) -> list[_Offer]:
@@ -630,6 +630,8 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     if hit.status == KERNEL_STALE and not stale:
         return f"{named} was measured on a kernel text that has changed since"
     problem, device, config = question.problem, question.device, hit.entry.launch
+    if reason := _no_ring(question, op, config):
+        return f"{named}: {reason}"
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
     if text is not None and _loads_otherwise(text, hit, device.arch, problem):
@@ -647,6 +649,18 @@ def _loads_otherwise(text: Variant, hit: Hit, arch: str, problem: Problem) -> bo
     if not heuristics.takes_descriptors(arch, problem.head_dim, problem.dtype):
         return False
     return bool(hit.measured_on) and all(Variant.from_name(n).described != text.described for n in hit.measured_on)
+
+
+def _no_ring(question: _Question, op: str, config: LaunchConfig) -> str | None:
+    """Why a text in Gluon cannot run, where the configuration asks for one."""
+    if config.loads != "ring":
+        return None
+    problem, arch, triton = question.problem, question.device.arch, question.toolchain.triton
+    if not heuristics.takes_rings(arch, problem.head_dim, problem.dtype):
+        return f"{arch} has no ring of tiles for head_dim {problem.head_dim} in {problem.dtype}"
+    if not heuristics.reads_gluon(triton):
+        return f"Triton {triton} has not compiled the texts in Gluon yet: {' and '.join(heuristics.GLUON)} have"
+    return refuses_ring(problem, question.branches, op, config)
 
 
 def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:

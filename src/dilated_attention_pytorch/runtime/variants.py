@@ -20,6 +20,8 @@ def text_for(
     """The rendered variant that computes a branch, or a chain of them, with these tiles; None where there is none."""
     if len(branches) == 1:
         return variant_for(problem, branches[0], op, config, texts)
+    if config.loads == "ring":
+        return None
     levels = [problem.branches[branch] for branch in branches]
     rows, stride = rows_of_class(problem, branches), levels[-1][1]
     if rows % config.block_m or rows % config.block_n:
@@ -102,6 +104,23 @@ def _has_phantoms(problem: Problem, branch: int) -> bool:
     return problem.length % segment != 0 or segment % problem.branches[branch][1] != 0
 
 
+def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig) -> str | None:
+    """Why no text with a ring of tiles computes a branch with these tiles; None where one may."""
+    if len(branches) > 1 or op == BACKWARD:
+        return "several branches, or all gradients, share a launch in Triton alone"
+    stay, loop = (config.block_n, config.block_m) if op in BY_KEYS else (config.block_m, config.block_n)
+    if config.num_warps % 4 or stay % (16 * config.num_warps) or loop > 256:
+        return "a warpgroup of a ring takes 64 rows of the tile that stays"
+    branch = branches[0]
+    if problem.queries == "all" or acting_order(problem, branch) != "none" or problem.mask or problem.dropout:
+        return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
+    if problem.heads != problem.kv_heads and problem.branches[branch][1] > 1:
+        return "heads of a group that keep other steps do not share a ring of tiles"
+    if not _even(problem, branch, op, config, one_tile=False):
+        return f"tiles of {config.name} do not fill the segments, or these not the sequence"
+    return None
+
+
 def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, texts: frozenset[str]) -> Variant | None:
     """The most special of the rendered variants that computes this branch with these tiles.
 
@@ -116,8 +135,13 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
         texts: Names of the modules that there are.
 
     Returns:
-        None if not even the general text is there.
+        None if not even the general text is there, or none with the ring that the tiles ask for.
     """
+    if config.loads == "ring":
+        if refuses_ring(problem, (branch,), op, config):
+            return None
+        rings = (Variant(*pattern, even=True, ring=True) for pattern in _patterns(problem, branch))
+        return next((variant for variant in rings if variant.name in texts), None)
     order = acting_order(problem, branch)
     one_tile = _one_tile(problem, branch, op, config)
     for segment, dilation in _patterns(problem, branch):

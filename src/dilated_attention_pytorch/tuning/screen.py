@@ -82,14 +82,16 @@ def compile_delta(problem: Problem, arch: str) -> Resources:
 def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arch: str) -> Resources:
     try:
         import triton
-        from triton.compiler import ASTSource
+        from triton.compiler import ASTSource as Source
     except ModuleNotFoundError as error:
         raise UnsupportedError("compiling needs triton: pip install triton") from error
     kernel, arguments, _ = launch
     if not hasattr(kernel, "cache_key"):
         raise UnsupportedError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled")
     signature, constants, attributes = _specialised(kernel, arguments)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source  # what its own launcher takes
+    source = Source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=_target(arch), options=compile_options(config))
     registers, spills = _usage(compiled.asm)
     return Resources(compiled.metadata.shared, registers, spills)
@@ -138,7 +140,8 @@ def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, s
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         elif hasattr(value, "block_shape"):  # a tensor descriptor
             element = _POINTERS[value.base.dtype].removeprefix("*")
-            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # a text in Gluon has said it
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}{layout}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if not free:

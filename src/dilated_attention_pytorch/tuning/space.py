@@ -17,7 +17,7 @@ from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_o
 from ..device import CPU, Device
 from ..runtime.refusals import cudnn_runs, cudnn_takes
 from ..runtime.torch_calls import Budget, calls
-from ..runtime.variants import may_give_all_gradients, query_rows, rows_of_class, stood_in_for, text_for
+from ..runtime.variants import may_give_all_gradients, query_rows, refuses_ring, rows_of_class, stood_in_for, text_for
 from .problems import Task, default_config, every_branch
 
 KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
@@ -27,6 +27,8 @@ RIVAL_FLOPS = 2e10
 
 SMALLEST = LaunchConfig(16, 16)
 """If any tiles fill a segment, these do."""
+SMALLEST_RING = LaunchConfig(64, 64, loads="ring")
+"""And of those of a ring these."""
 
 Value = int | str | bool | None
 Launched = tuple[str, tuple[int, ...], LaunchConfig]
@@ -151,12 +153,13 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
 
 
 def _loads(task: Task, device: Device) -> tuple[Value, ...]:
-    """By descriptor where there are any: it is the better way."""
-    return ("descriptor",) if _is_described(task, device) else ("pointer",)
+    """The better way: into a ring where there is one, else by descriptor where there are any."""
+    return (_all_loads(task, device)[0],)
 
 
 def _all_loads(task: Task, device: Device) -> tuple[Value, ...]:
-    return tuple(dict.fromkeys((*_loads(task, device), "pointer")))
+    rings = ("ring",) if _has_ring(task, device) else ()
+    return (*rings, *(("descriptor",) if _is_described(task, device) else ()), "pointer")
 
 
 def _is_described(task: Task, device: Device) -> bool:
@@ -165,6 +168,13 @@ def _is_described(task: Task, device: Device) -> bool:
         return False
     text = text_for(problem, every_branch(problem), task.op, SMALLEST, generated.names())
     return text is not None and text.described
+
+
+def _has_ring(task: Task, device: Device) -> bool:
+    problem = task.problem
+    if not heuristics.takes_rings(device.arch, problem.head_dim, problem.dtype):
+        return False
+    return text_for(problem, every_branch(problem), task.op, SMALLEST_RING, generated.names()) is not None
 
 
 COORDINATES = (
@@ -341,7 +351,20 @@ def _gives_all_gradients(task: Task, device: Device, config: LaunchConfig) -> bo
     return text is not None and may_give_all_gradients(problem, branches, config, text) is None
 
 
-RULES = (_divides_a_class, _gives_all_gradients, _fits, _pipelines_a_loop, _keeps_warps_busy, _holds_its_accumulators)
+def _suits_a_ring(task: Task, device: Device, config: LaunchConfig) -> bool:
+    """Warpgroups take 64 rows of what stays; tiles fill the segments."""
+    return config.loads != "ring" or refuses_ring(task.problem, every_branch(task.problem), task.op, config) is None
+
+
+RULES = (
+    _divides_a_class,
+    _gives_all_gradients,
+    _fits,
+    _pipelines_a_loop,
+    _keeps_warps_busy,
+    _holds_its_accumulators,
+    _suits_a_ring,
+)
 
 
 def _steps_away(config: LaunchConfig, default: LaunchConfig) -> float:
