@@ -111,6 +111,8 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
     stay, loop = (config.block_n, config.block_m) if op in BY_KEYS else (config.block_m, config.block_n)
     if config.num_warps % 4 or stay % (16 * config.num_warps) or loop > 256:
         return "a warpgroup of a ring takes 64 rows of the tile that stays"
+    if op == "dq" and config.num_stages < 2:
+        return "dq begins a tile's scores while it holds the tile before: its ring has two places at least"
     branch = branches[0]
     if problem.queries == "all" or acting_order(problem, branch) != "none" or problem.mask or problem.dropout:
         return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
