@@ -133,7 +133,8 @@ def pattern_case(
 def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     """Tiles with which the plan comes to the variant; None where any do."""
     if variant.ring:
-        return dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"))
+        produced = LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer")
+        return dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")) | {"fwd": produced}
     rows = variant.rows or 64
     if not variant.one_tile:
         # Not all keys in one tile, and an even divisor of all rows.
@@ -150,8 +151,10 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
 
 def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
     """Tiles with all that a measurement may choose and few defaults do: descriptors, all gradients in one launch."""
-    loads = "ring" if variant.ring else "descriptor" if variant.described else "pointer"
     tiles = pattern_config(variant) or {}
+    if variant.ring:
+        return tiles
+    loads = "descriptor" if variant.described else "pointer"
     config = {op: replace(tiles[op], loads=loads) for op in OPS}
     if not variant.joinable:
         return config

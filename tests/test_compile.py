@@ -9,7 +9,7 @@ import pytest
 
 from codegen.matrix import VARIANTS
 from dilated_attention_pytorch import device, generated, heuristics
-from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
+from dilated_attention_pytorch.config import IN_GLUON, OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
@@ -74,7 +74,7 @@ def _config(variant: Variant, op: str, arch: str, problem: Problem) -> LaunchCon
         assert config is not None
         return config[op]
     configs = untuned(problem, tuple(range(len(problem.branches))), op, arch, generated.names())
-    configs = [config for config in configs if (config.loads == "ring") == variant.ring]
+    configs = [config for config in configs if (config.loads in IN_GLUON) == variant.ring]
     limit = device.SHARED_BYTES[arch]
     fitting = [c for c in configs if heuristics.shared_bytes(op, problem.head_dim, problem.dtype, c, arch) <= limit]
     return (fitting or list(FLOOR))[0]
@@ -155,6 +155,10 @@ CHOSEN = (
     ("s128_d1_all_even", "bwd", LaunchConfig(32, 128, num_warps=8, num_stages=2), 64),
     ("s128_d1_all_even", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=3, loads="descriptor"), 64),
     ("s1024_2048_d1_2_even", "fwd", DESCRIBED, 128),
+    ("s2048_d2_even_ring", "fwd", LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"), 128),
+    ("full_even_ring", "fwd", LaunchConfig(128, 64, num_warps=8, num_stages=4, loads="producer"), 64),
+    ("general_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
+    ("s2048_d1_even_ring", "dq", LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"), 128),
 )
 """What a measurement may choose and no default does."""
 

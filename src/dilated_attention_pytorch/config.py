@@ -60,8 +60,10 @@ def head_offsets(rule: str, heads: int, rate: int) -> tuple[int, ...]:
 SIZES = ("block_m", "block_n", "num_warps", "num_stages")
 """Fields of a `LaunchConfig` that are always written; the others are where they have not their default."""
 
-LOADS = ("pointer", "descriptor", "ring")
+LOADS = ("pointer", "descriptor", "ring", "producer")
 """How tiles get to where products take them from."""
+IN_GLUON = ("ring", "producer")
+"""Of these, what texts in Gluon do."""
 
 
 @dataclass(frozen=True, order=True)
@@ -74,7 +76,8 @@ class LaunchConfig:
         num_warps: Warps a CTA.
         num_stages: Software-pipelining depth of the loads in the loop; places of the ring, where there is one.
         maxnreg: Registers a thread at most; None leaves it to the compiler.
-        loads: "pointer", "descriptor", or "ring": by descriptor into a ring of tiles that a kernel in Gluon keeps.
+        loads: "pointer", "descriptor", "ring": by descriptor into a ring of tiles that a kernel in Gluon keeps, or
+            "producer": into one that a warp of its own fills, for CTAs that stay.
     """
 
     block_m: int

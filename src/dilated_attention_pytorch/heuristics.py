@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import BACKWARD, DTYPE_BYTES, LaunchConfig, next_power_of_two
+from .config import BACKWARD, DTYPE_BYTES, IN_GLUON, LaunchConfig, next_power_of_two
 
 ONE_TILE_ROWS = 128
 """A segment of so many rows, queries and keys, can be held by one tile of a launch that gives all gradients."""
@@ -43,17 +43,43 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
 _CAUSAL_ON_HOPPER = (64, 64, 4, 3)
 """Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in regret_nvidia-h100-80gb-hbm3.json."""
 # By tensor descriptor, head_dim 64 and 128, segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
-_DESCRIBED_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
-    "fwd": {128: ((64, 128, 4, 2),), 256: ((64, 64, 4, 3),)},
-    "dkdv": {128: ((32, 64, 4, 4),), 256: ((64, 64, 4, 2),)},
-    "dq": {128: ((64, 64, 4, 3),), 256: ((128, 64, 8, 3),)},
+_DESCRIBED_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
+    "fwd": {
+        128: (LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="descriptor"),),
+        256: (LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),),
+    },
+    "dkdv": {
+        128: (LaunchConfig(32, 64, num_warps=4, num_stages=4, loads="descriptor"),),
+        256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="descriptor"),),
+    },
+    "dq": {
+        128: (LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),),
+        256: (LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="descriptor"),),
+    },
 }
-# With a ring of tiles, likewise.
-_RINGS_ON_HOPPER: dict[str, dict[int, _Sizes]] = {
-    "fwd": {128: ((64, 128, 4, 2), (64, 64, 4, 3)), 256: ((64, 64, 4, 2),)},
-    "dkdv": {128: ((32, 64, 4, 3),), 256: ((64, 64, 4, 2),)},
-    "dq": {128: ((64, 64, 4, 2),), 256: ((64, 64, 4, 2),)},
+# In Gluon, likewise.
+_RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
+    "fwd": {
+        128: (
+            LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+            LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+        ),
+        256: (
+            LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"),
+            LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"),
+        ),
+    },
+    "dkdv": {
+        128: (LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),),
+        256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
+    },
+    "dq": {
+        128: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
+        256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
+    },
 }
+PRODUCED_ROWS = 512
+"""Segments of fewer rows have too few tiles for CTAs that stay."""
 RING_HEAD_DIMS = (64, 128)
 GLUON = ("3.6", "3.9")
 """Oldest and newest Triton whose compiler has taken the texts in Gluon, which Triton calls experimental."""
@@ -124,10 +150,10 @@ def default(
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
-        tables = {"ring": _RINGS_ON_HOPPER, "descriptor": _DESCRIBED_ON_HOPPER}
-        described = [
-            LaunchConfig(*size, loads=loads) for loads, table in tables.items() for size in table[op].get(row_bytes, ())
-        ]
+        rings = _RINGS_ON_HOPPER[op].get(row_bytes, ())
+        if min(queries, keys) < PRODUCED_ROWS:
+            rings = tuple(config for config in rings if config.loads != "producer")
+        described = [*rings, *_DESCRIBED_ON_HOPPER[op].get(row_bytes, ())]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys((*described, *configs)))
 
@@ -193,10 +219,12 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     often as the pipeline buffers them; P or dS passes through shared memory from one product to the next, unless the
     tensor cores take it from registers; lse and delta are buffered like tiles.
     """
-    if config.loads == "ring":
+    if config.loads in IN_GLUON:
         stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
         tiles = stay * (1 if op == "fwd" else 2) + 2 * loop * config.num_stages
-        return tiles * head_dim * DTYPE_BYTES[dtype] + RING_BARRIERS
+        # Beside a producer, out passes from one layout to the other while the next tiles come in.
+        out = config.block_m if config.loads == "producer" else 0
+        return (tiles + out) * head_dim * DTYPE_BYTES[dtype] + RING_BARRIERS
     if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
         return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
     if op == BACKWARD:

@@ -143,8 +143,18 @@ RINGS = (
         "dkdv": LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
         "dq": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
     },
+    {
+        "fwd": LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer"),
+        "dkdv": LaunchConfig(128, 64, num_warps=4, num_stages=1, loads="ring"),
+        "dq": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+    },
 )
-"""Tiles of unequal sides, one and several places, one and two warpgroups."""
+"""Tiles of unequal sides, one and several places, one and two warpgroups, and those beside a producer."""
 
 
 @hopper
@@ -181,12 +191,22 @@ def test_what_a_ring_shares_with_others(case: Case, tiles: int, record: Callable
 
 
 @hopper
-def test_ranges_of_whole_segments_in_a_ring(record: Callable[..., None]) -> None:
+@pytest.mark.parametrize("tiles", [0, 3])
+def test_ranges_of_whole_segments_in_a_ring(tiles: int, record: Callable[..., None]) -> None:
     """Rows of a range counted from the sequence's start; keys of segments that no query of it asks."""
     case = Case(N=2048, branches=((512, 2),), D=64, causal=True, dtype="bf16")
     inputs = make_inputs(case, "cuda")
-    actual = run_ranges(case, inputs, (0, 512, 1536, 2048), RINGS[0]["fwd"])
+    actual = run_ranges(case, inputs, (0, 512, 1536, 2048), RINGS[tiles]["fwd"], ops=["fwd"])
     record(actual, oracle(case, inputs), "bf16", dout=inputs.dout)
+
+
+@hopper
+def test_more_tiles_than_ctas_that_stay(record: Callable[..., None]) -> None:
+    """A place of a ring, or a tile of queries, that is taken for the one of the tile before."""
+    case = Case(N=8192, branches=((1024, 2),), B=2, H=10, D=128, causal=True, dtype="bf16")
+    assert case.B * case.H * case.N // 2 // 128 > 3 * 132
+    inputs = make_inputs(case, "cuda")
+    record(run_kernels(case, inputs, RINGS[3]), oracle(case, inputs), "bf16", dout=inputs.dout)
 
 
 @hopper

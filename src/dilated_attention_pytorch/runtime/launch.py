@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import generated
-from ..config import BACKWARD, BY_KEYS, LaunchConfig, Problem, cdiv, next_power_of_two
+from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, Problem, cdiv, next_power_of_two
 from ..heuristics import FLOOR, has_tensor_cores_for_float32
 from . import replay
 from .arguments import HeadOffsets
@@ -284,7 +284,9 @@ def _query_rows(problem: Problem, branch: int, steps: int) -> int:
 
 def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
     """The kernel of a choice, its arguments by name in order, and the number of programs."""
-    kernel = getattr(generated.load(choice.variant.name), "dkdv" if choice.op == BACKWARD else choice.op)
+    produced = choice.config.loads == "producer"
+    name = "dkdv" if choice.op == BACKWARD else f"{choice.op}_producer" if produced else choice.op
+    kernel = getattr(generated.load(choice.variant.name), name)
     sizes, programs = (_sizes_of_chain if choice.wider else _sizes)(choice, values)
     config = choice.config
     given = {
@@ -297,11 +299,13 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     }
     if choice.op == "dkdv":
         given["p_dq"] = None  # whatever tensors there are: one kernel for the tuner, CI and calls
-    if config.loads == "ring":
+    if config.loads in IN_GLUON:
         described = _described(kernel, choice, given)
         if not described:
             return prepared(_by_pointers(choice), values)
-        given |= described | {"STAGES": config.num_stages}
+        given |= described | {"STAGES": config.num_stages, "n_programs": programs}
+        if produced:  # its CTAs stay until all is done, one on a multiprocessor
+            programs = min(programs, _multiprocessors(values["p_q"]))
     elif "TMA" in kernel.arg_names and config.loads == "descriptor":
         given |= _described(kernel, choice, given)
     return kernel, _in_order(kernel, given), programs
@@ -327,6 +331,10 @@ def _sizes_of_chain(choice: Choice, values: Mapping[str, Any]) -> tuple[dict[str
     return {"n_tiles": n_tiles, "n_spans": n_spans}, values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
 
 
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def _by_pointers(choice: Choice) -> Choice:
     """The same tiles of the text in Triton, which takes what no descriptor can be made of."""
     config = replace(choice.config, loads="pointer")
@@ -339,7 +347,7 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
     asked = kept if choice.variant.queries == "dilated" else 1
     config = choice.config
     tiles = {
-        "p_q": (asked, config.block_m),
+        "p_q": (asked, config.block_m // (2 if config.loads == "producer" else 1)),
         "p_k": (kept, config.block_n),
         "p_v": (kept, config.block_n),
         "p_dout": (asked, config.block_m),
@@ -450,7 +458,8 @@ def _in_order(kernel: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def compile_options(config: LaunchConfig) -> dict[str, Any]:
     """What Triton is told about a kernel besides its arguments. Fusing a·b+c is its default until 3.9 alone."""
     options: dict[str, Any] = {
-        "num_warps": config.num_warps,
+        # Of those that compute beside a producer, each warpgroup is told of by itself.
+        "num_warps": 4 if config.loads == "producer" else config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }

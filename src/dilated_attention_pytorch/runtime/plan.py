@@ -13,7 +13,7 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import BACKWARD, EVERY_OP, RESULTS, LaunchConfig, Problem
+from ..config import BACKWARD, EVERY_OP, IN_GLUON, RESULTS, LaunchConfig, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
@@ -653,7 +653,7 @@ def _loads_otherwise(text: Variant, hit: Hit, arch: str, problem: Problem) -> bo
 
 def _no_ring(question: _Question, op: str, config: LaunchConfig) -> str | None:
     """Why a text in Gluon cannot run, where the configuration asks for one."""
-    if config.loads != "ring":
+    if config.loads not in IN_GLUON:
         return None
     problem, arch, triton = question.problem, question.device.arch, question.toolchain.triton
     if not heuristics.takes_rings(arch, problem.head_dim, problem.dtype):

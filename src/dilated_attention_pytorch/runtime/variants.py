@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config import BACKWARD, BY_KEYS, LaunchConfig, Problem, ProblemKey, head_offsets
+from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, Problem, ProblemKey, head_offsets
 from ..variant import Variant, is_chain
 
 CHAIN_ROWS = 512
@@ -20,7 +20,7 @@ def text_for(
     """The rendered variant that computes a branch, or a chain of them, with these tiles; None where there is none."""
     if len(branches) == 1:
         return variant_for(problem, branches[0], op, config, texts)
-    if config.loads == "ring":
+    if config.loads in IN_GLUON:
         return None
     levels = [problem.branches[branch] for branch in branches]
     rows, stride = rows_of_class(problem, branches), levels[-1][1]
@@ -111,6 +111,8 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
     stay, loop = (config.block_n, config.block_m) if op in BY_KEYS else (config.block_m, config.block_n)
     if config.num_warps % 4 or stay % (16 * config.num_warps) or loop > 256:
         return "a warpgroup of a ring takes 64 rows of the tile that stays"
+    if config.loads == "producer" and (op, config.block_m, config.num_warps) != ("fwd", 128, 8):
+        return "a producer loads for two warpgroups of a forward, 128 rows"
     if op == "dq" and config.num_stages < 2:
         return "dq begins a tile's scores while it holds the tile before: its ring has two places at least"
     branch = branches[0]
@@ -139,7 +141,7 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
     Returns:
         None if not even the general text is there, or none with the ring that the tiles ask for.
     """
-    if config.loads == "ring":
+    if config.loads in IN_GLUON:
         if refuses_ring(problem, (branch,), op, config):
             return None
         rings = (Variant(*pattern, even=True, ring=True) for pattern in _patterns(problem, branch))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from .. import generated, heuristics
 from ..call_config import ROWS, CallConfig
-from ..config import BACKWARD, BY_KEYS, LaunchConfig, head_offsets, next_power_of_two
+from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
 from ..runtime.refusals import cudnn_runs, cudnn_takes
 from ..runtime.torch_calls import Budget, calls
@@ -153,12 +153,15 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
 
 
 def _loads(task: Task, device: Device) -> tuple[Value, ...]:
-    """The better way: into a ring where there is one, else by descriptor where there are any."""
-    return (_all_loads(task, device)[0],)
+    """The better ways: into a ring where there is one, else by descriptor where there are any."""
+    best = _all_loads(task, device)[0]
+    return (best, "ring") if best == "producer" else (best,)
 
 
 def _all_loads(task: Task, device: Device) -> tuple[Value, ...]:
-    rings = ("ring",) if _has_ring(task, device) else ()
+    rings: tuple[Value, ...] = ("ring",) if _has_ring(task, device) else ()
+    if rings and task.op == "fwd" and task.problem.head_dim == 128:
+        rings = ("producer", *rings)  # at 64 three CTAs that load for themselves are faster (CONTRIBUTING.md)
     return (*rings, *(("descriptor",) if _is_described(task, device) else ()), "pointer")
 
 
@@ -353,7 +356,9 @@ def _gives_all_gradients(task: Task, device: Device, config: LaunchConfig) -> bo
 
 def _suits_a_ring(task: Task, device: Device, config: LaunchConfig) -> bool:
     """Warpgroups take 64 rows of what stays; tiles fill the segments."""
-    return config.loads != "ring" or refuses_ring(task.problem, every_branch(task.problem), task.op, config) is None
+    return (
+        config.loads not in IN_GLUON or refuses_ring(task.problem, every_branch(task.problem), task.op, config) is None
+    )
 
 
 RULES = (
