@@ -929,7 +929,6 @@ def dkdv(
                 _send(p_q, t_q, q_bars, i_row, col_q, turn + STAGES, ahead < n_all, STAGES)
                 _send(p_dout, t_dout, dout_bars, i_row, col_dout, turn + STAGES, ahead < n_all, STAGES)
         turn_0 += n_all - t_first
-
     b_dk = b_dk * scale
     if MERGE:
         b_dk += gl.load(_pointers(p_dk, key_0, dk_n, 1, BLOCK_N, HEAD_DIM, w_layout)).to(gl.float32)
