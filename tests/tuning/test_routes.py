@@ -32,6 +32,7 @@ KINDS = {
     "held": Problem("bf16", 1, 2048, 4, 4, 64, ((128, 4),)),
     "hilbert-mask": Problem("fp16", 1, 1000, 4, 2, 48, ((256, 2),), order="hilbert", mask=True, causal=True),
     "chain": Problem("bf16", 1, 4096, 4, 4, 64, ((1024, 1), (2048, 2))),
+    "ring": Problem("bf16", 1, 4096, 4, 4, 128, ((1024, 4),)),
 }
 Prepared = tuple[Any, Mapping[str, Any], int]
 
@@ -47,17 +48,37 @@ class Caught:
         return launch.Launch(None, prepared[1], prepared[2])
 
 
+SMALL = {"block_m": 32, "block_n": 32, "num_stages": 1}
+RING = {"block_m": 64, "block_n": 64, "num_stages": 2, "loads": "ring"}
+PRODUCER = {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 2, "loads": "producer"}
+LAUNCHED = [
+    (
+        op,
+        kind,
+        LaunchConfig(**{**SMALL, **({"block_m": 128, "block_n": 64} if kind == "one-tile" else {})}, loads=loads),
+    )
+    for op, kind in [
+        *((op, kind) for op in OPS for kind in KINDS if kind != "ring"),
+        ("bwd", "one-tile"),
+        ("bwd", "held"),
+    ]
+    for loads in ("pointer", "descriptor")
+] + [
+    *((op, "ring", LaunchConfig(**RING)) for op in OPS),  # type: ignore[arg-type]
+    ("fwd", "ring", LaunchConfig(**PRODUCER)),  # type: ignore[arg-type]
+]
+
+
 @pytest.mark.toolchain
-@pytest.mark.parametrize("loads", ["pointer", "descriptor"])
 @pytest.mark.parametrize(
-    ("op", "kind"), [*((op, kind) for op in OPS for kind in KINDS), ("bwd", "one-tile"), ("bwd", "held")]
+    ("op", "kind", "config"), LAUNCHED, ids=lambda value: getattr(value, "loads", None) or str(value)
 )
-def test_what_is_launched_was_compiled(op: str, kind: str, loads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_launched_was_compiled(
+    op: str, kind: str, config: LaunchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The measuring process compiled each dK/dV kernel once more, for an argument that it alone left out: 50 problems
     took 178 s, not 90."""
     problem = KINDS[kind]
-    block = 64 if kind == "one-tile" else 32
-    config = LaunchConfig(128 if kind == "one-tile" else 32, block, num_stages=1, loads=loads)
     choice = launched(problem, op, config, names())
     found: dict[str, Any] = {}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from dilated_attention_pytorch import database
-from dilated_attention_pytorch.config import OPS, LaunchConfig
+from dilated_attention_pytorch import database, device
+from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.device import Device
 from dilated_attention_pytorch.errors import DatabaseError
 from dilated_attention_pytorch.runtime.plan import plan
@@ -25,7 +25,7 @@ from dilated_attention_pytorch.tuning import folding, journal, problems, space, 
 from dilated_attention_pytorch.tuning.journal import Journal, Pick
 from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.tuning.search import candidate_of
-from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings
+from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings, takes_tails
 
 from ..measurements import entry
 from . import standin
@@ -339,3 +339,15 @@ def test_another_machines_run_is_not_gone_on_with(quick: Settings) -> None:
     standin.run(tasks(), quick)
     with pytest.raises(DatabaseError, match="was measured with device interpreter, and now it is other: begin a new"):
         standin.run(tasks(), quick, replace(standin.DEVICE, name="other"))
+
+
+@pytest.mark.parametrize(
+    ("op", "loads", "tailed"),
+    [("fwd", "ring", False), ("fwd", "descriptor", True), ("dkdv", "ring", False), ("bwd", "descriptor", True)],
+)
+def test_who_runs_on_ragged_sizes(op: str, loads: str, tailed: bool) -> None:
+    """A winner that is thrown away, because it was asked to run what no call would give it."""
+    problem = Problem("bf16", 1, 4096, 4, 4, 64, ((256, 4),))
+    [task] = [one for one in problems.of_calls([("x", problem)], device.simulated("h100")) if one.op == op]
+    candidate = space.Candidate.of(LaunchConfig(64, 64, num_stages=2, loads=loads))
+    assert takes_tails(task, candidate) == tailed

@@ -21,11 +21,11 @@ from ..device import CPU, Device
 from ..errors import DatabaseError, DilatedAttentionError, UnsupportedError
 from ..runtime.options import Options
 from ..runtime.plan import launches_of
-from ..runtime.variants import key_of, may_give_all_gradients, stood_in_for
+from ..runtime.variants import key_of, may_give_all_gradients, stood_in_for, text_for
 from . import folding, journal, space
 from .journal import End, Journal, Measurement, Pick, ProblemRow, Run, Writer
 from .measure import Answer, Checked, CheckJob, Job, Timed, TimeJob, bench
-from .problems import Task, launched, parts
+from .problems import Task, every_branch, launched, parts
 from .routes import ROUTES, Route
 from .scenes import ragged as ragged_problem
 from .screening import Compilation, Compiled, Pool, Setup, compiler, cores
@@ -288,7 +288,7 @@ class _Tuning:
             finalists=self._settings.finalists,
             steps=self._settings.steps,
             neighbours=lambda candidate: space.neighbours(task, self._device, candidate),
-            tailed=partial(self._is_tailed, task),
+            tailed=partial(takes_tails, task),
             hurry=lambda: self._hurry,
         )
         earlier: dict[tuple[str, Candidate], deque[Measurement]] = defaultdict(deque)
@@ -301,14 +301,6 @@ class _Tuning:
             self._write(ProblemRow(task.key, task.workload, task.weight, task.flops, task.bytes, default, held))
         self._active.append(active)
         self._ask(active, None)
-
-    def _is_tailed(self, task: Task, candidate: Candidate) -> bool:
-        """All gradients in one launch are for even sizes in most texts: calls of ragged ones launch them apart."""
-        if task.op != BACKWARD:
-            return True
-        problem = ragged_problem(task.problem)
-        choice = launched(problem, task.op, candidate.config, self._texts)
-        return may_give_all_gradients(problem, choice.branches, choice.config, choice.variant) is None
 
     def _incumbent(self, task: Task) -> Candidate | None:
         """What is given or the database has for this very key; a resumed run keeps to what it began with."""
@@ -572,6 +564,17 @@ class _Label(NamedTuple):
     active: _Active
     request: Request
     place: int
+
+
+def takes_tails(task: Task, candidate: Candidate) -> bool:
+    """Calls of ragged sizes would run a candidate too. Rings, and all gradients in one launch, are for even ones."""
+    if candidate.route != KERNEL:
+        return True
+    problem, branches = ragged_problem(task.problem), every_branch(task.problem)
+    text = text_for(problem, branches, task.op, candidate.config, generated.names())
+    if text is None or task.op != BACKWARD:
+        return text is not None
+    return may_give_all_gradients(problem, branches, candidate.config, text) is None
 
 
 def _is_of(active: _Active, label: _Label) -> bool:
