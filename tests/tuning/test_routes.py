@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import device as devices
+from dilated_attention_pytorch import generated
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem
 from dilated_attention_pytorch.generated import names
 from dilated_attention_pytorch.runtime import launch
@@ -110,6 +113,19 @@ def test_what_is_launched_was_compiled(
     specialised = {name: screen._specialised(*ready[:2]) for name, ready in found.items()}
     assert specialised["tuner"] == specialised["ahead"]
     assert specialised["call"] == specialised["ahead"]
+
+
+@pytest.mark.parametrize("first", ["fwd", "fwd_producer"])
+def test_keys_of_kernels_do_not_depend_on_who_was_first(first: str) -> None:
+    """A kernel that a compiling process left on disk, compiled again by the measuring one, which ran another first."""
+    script = f"""
+from dilated_attention_pytorch import generated
+text = generated.load("s2048_d1_even_ring")
+text.{first}.cache_key
+print(text.fwd_producer.cache_key)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == generated.load("s2048_d1_even_ring").fwd_producer.cache_key
 
 
 def test_offsets_are_not_a_reason_to_compile_again() -> None:

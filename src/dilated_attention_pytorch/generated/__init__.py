@@ -6,6 +6,7 @@ copy of a module would be a second copy of each of its kernels.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -28,7 +29,7 @@ def load(name: str) -> ModuleType:
     """
     full_name = f"{__name__}.{name}"
     try:
-        return import_module(full_name)
+        return _settled(import_module(full_name))
     except ModuleNotFoundError as error:
         if error.name == full_name:
             reason = f"there is no generated module {name!r} in {generated_dir()}; in a checkout, `python -m codegen`"
@@ -36,3 +37,16 @@ def load(name: str) -> ModuleType:
         if error.name == "triton":
             raise UnsupportedError(f"{name!r} needs triton, which is not installed: pip install triton") from error
         raise
+
+
+@cache
+def _settled(module: ModuleType) -> ModuleType:
+    """The module, whose functions have their keys in Triton's cache on disk.
+
+    Triton 3.6 to 3.9 makes a function's key from its globals and those of what it calls, if that has a key already. In
+    the order in which they stand here, and not in which kernels are called, processes find each other's kernels.
+    """
+    for value in vars(module).values():
+        if hasattr(type(value), "cache_key"):
+            value.cache_key  # noqa: B018
+    return module
