@@ -632,6 +632,9 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     if reason := _no_ring(question, op, config):
         return f"{named}: {reason}"
+    rows = problem.rows(question.branches[0])
+    if hit.distance and config.loads == "producer" and rows < heuristics.PRODUCED_ROWS:
+        return f"{named} was measured on larger segments: {rows} rows make too few tiles for CTAs that stay"
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
     if text is not None and _loads_otherwise(text, hit, device.arch, problem):

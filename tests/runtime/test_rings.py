@@ -1,0 +1,149 @@
+"""Texts in Gluon: which calls run them, on which GPUs and versions of Triton, and what runs in their place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import device
+from dilated_attention_pytorch.config import LaunchConfig, Problem
+from dilated_attention_pytorch.database import Database
+from dilated_attention_pytorch.device import Toolchain
+from dilated_attention_pytorch.errors import ConfigError
+from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.options import Options
+from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
+from dilated_attention_pytorch.tuning import screen
+
+from ..measurements import TOOLCHAIN, database_at, entry
+
+EVEN = Problem("bf16", 1, 8192, 8, 8, 64, ((2048, 2),))
+WIDE = replace(EVEN, head_dim=128)
+RING = LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")
+PRODUCER = LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer")
+TEXT = {"0123456789ab": ("general_even_ring",)}
+
+
+def untuned(tmp_path: Path, problem: Problem, gpu: str = "h100", triton: str = "3.6.0") -> list[Choice]:
+    """The launches of a call that nobody has measured."""
+    return list(
+        plan(problem, device.simulated(gpu), toolchain=Toolchain(triton), committed=Database(tmp_path)).launches
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int) -> None:
+    """The slower texts in Triton, where nobody has measured."""
+    found = untuned(tmp_path, replace(EVEN, head_dim=head_dim))
+    assert {choice.variant.name for choice in found} == {"s2048_d2_even_ring"}
+    assert [choice.config.loads for choice in found] == ["producer" if head_dim == 128 else "ring", "ring", "ring"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 8100},
+        {"branches": ((2050, 2),)},
+        {"mask": True},
+        {"dropout": True},
+        {"queries": "all"},
+        {"order": "hilbert"},
+        {"head_offset": "table"},
+        {"head_dim": 96},
+        {"dtype": "fp32"},
+        {"kv_heads": 2},
+        {"query_range": (100, 8192)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_they_do_not_know_runs_in_triton(tmp_path: Path, change: dict[str, object]) -> None:
+    """A mask that is not asked, a tail that is read as keys, a group's heads that keep other steps."""
+    found = untuned(tmp_path, replace(EVEN, **change))  # type: ignore[arg-type]
+    assert not any(choice.variant.ring or choice.config.loads in ("ring", "producer") for choice in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "rung"), [({"branches": ((2048, 1),), "kv_heads": 2}, True), ({"causal": True}, True)]
+)
+def test_groups_of_heads_and_causality_are_known(tmp_path: Path, change: dict[str, object], rung: bool) -> None:
+    """A refusal that is wider than its reason."""
+    assert all(choice.variant.ring == rung for choice in untuned(tmp_path, replace(EVEN, **change)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("gpu", "triton"), [("a100", "3.6.0"), ("b200", "3.6.0"), ("h100", "3.10.0"), ("h100", "4.0")])
+def test_other_gpus_and_versions_run_triton(tmp_path: Path, gpu: str, triton: str) -> None:
+    """A text for Hopper's tensor cores elsewhere; an experimental language that has changed since."""
+    assert not any(choice.variant.ring for choice in untuned(tmp_path, EVEN, gpu, triton))
+
+
+def test_a_version_that_is_not_read_is_told(tmp_path: Path) -> None:
+    """Half the speed after an upgrade, and `explain` that does not say why."""
+    found = untuned(tmp_path, EVEN, triton="3.10.0")[0]
+    assert "Triton 3.10.0 has not compiled the texts in Gluon yet: 3.6 and 3.9 have" in dict(found.passed)["heuristic"]
+
+
+@pytest.mark.parametrize(
+    ("op", "config", "reason"),
+    [
+        ("fwd", replace(RING, block_m=32), "a warpgroup of a ring takes 64 rows"),
+        ("fwd", replace(RING, num_warps=8), "a warpgroup of a ring takes 64 rows"),
+        ("dq", replace(RING, num_stages=1), "its ring has two places at least"),
+        ("dkdv", PRODUCER, "a producer loads for two warpgroups of a forward"),
+        ("fwd", replace(PRODUCER, block_m=64, num_warps=4), "a producer loads for two warpgroups of a forward"),
+    ],
+)
+def test_tiles_that_cannot_run_are_refused(tmp_path: Path, op: str, config: LaunchConfig, reason: str) -> None:
+    """A kernel that waits for ever for a tile that nobody sends."""
+    asked = Options(config=((op, config),))
+    with pytest.raises(ConfigError, match=reason):
+        plan(EVEN, device.simulated("h100"), options=asked, toolchain=TOOLCHAIN, committed=Database(tmp_path))
+
+
+@pytest.mark.parametrize(("rows", "rung"), [(1024, "nearest"), (512, "nearest"), (256, "heuristic")])
+def test_ctas_that_stay_are_not_taken_over_by_small_segments(tmp_path: Path, rows: int, rung: str) -> None:
+    """A pick of 512 rows at 256, where it takes a quarter longer than the untuned default."""
+    measured = replace(WIDE, branches=((2 * 512, 2),))
+    database_at(tmp_path, {"h100": [entry(problem=measured, config=PRODUCER)]})
+    asked = replace(WIDE, branches=((2 * rows, 2),), length=16384)
+    found = plan(asked, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
+    assert found.launches[0].rung == rung
+
+
+def test_a_measured_ring_does_not_speak_for_ragged_calls(tmp_path: Path) -> None:
+    """The same key, and a tail: the ring has no text for it, and the next rung has to answer."""
+    database_at(tmp_path, {"h100": [entry(problem=EVEN, config=RING)]})
+    ragged = replace(EVEN, length=8190)
+    found = plan(ragged, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
+    assert (found.launches[0].rung, found.launches[0].variant.ring) == ("heuristic", False)
+    assert "do not fill the segments, or these not the sequence" in dict(found.launches[0].passed)["exact"]
+
+
+def prepared(config: LaunchConfig, **moved: torch.Tensor) -> tuple[object, dict[str, object], int]:
+    """What a forward would launch, with tensors that have no memory."""
+    [choice] = plan(WIDE, device.simulated("h100"), options=Options(config=(("fwd", config),)), toolchain=TOOLCHAIN).fwd
+    values = {**screen._shared(WIDE, "none", "sm_90"), **moved}
+    return launch.prepared(choice, launch.branch_values(WIDE, choice, HeadOffsets((), None), values))
+
+
+@pytest.mark.parametrize("config", [RING, PRODUCER], ids=lambda config: config.loads)
+def test_what_no_descriptor_can_be_made_of_runs_by_pointers(config: LaunchConfig) -> None:
+    """Heads behind all steps: a ring without descriptors would have nothing to load."""
+    kernel, _, _ = prepared(config)
+    assert kernel.__module__.endswith("_ring")  # type: ignore[attr-defined]
+    apart = torch.empty((1, 8, 8192, 128), dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    kernel, arguments, programs = prepared(config, p_q=apart)
+    assert not kernel.__module__.endswith("_ring")  # type: ignore[attr-defined]
+    assert arguments["TMA"] is False and arguments["p_q"] is apart
+    assert programs == 8 * 8192 // 2 // config.block_m
+
+
+def test_a_plan_of_rings_is_explained() -> None:
+    """A configuration whose name does not tell which text runs it."""
+    found: Plan = plan(
+        WIDE, device.simulated("h100"), options=Options(config=(("fwd", PRODUCER),)), toolchain=TOOLCHAIN
+    )
+    assert "128x128_w8_s2_producer" in found.explain() and "_even_ring" in found.explain()
