@@ -175,12 +175,11 @@ def test_peak_counts_what_was_held_at_once() -> None:
 
 def test_every_launch_is_compiled() -> None:
     """A table without the backward's kernels, or with the first launch in place of the merging ones."""
-    wanted = offline.launches(named("longnet").problem(), devices.simulated("h100"))
-    assert [launch.choice.op for launch in wanted] == ["fwd"] * 3 + ["dkdv", "dq"] * 3
-    assert [launch.choice.branches for launch in wanted] == [
-        branches for times in (1, 2) for branches in ((0, 1, 2), (3,), (4,)) for _ in range(times)
-    ]
-    assert [launch.choice.merge for launch in wanted] == [False, True, True, False, False, *[True] * 4]
+    wanted = [launch.choice for launch in offline.launches(named("longnet").problem(), devices.simulated("h100"))]
+    for op in OPS:  # whether branches share a pass is as measured
+        of_op = [choice for choice in wanted if choice.op == op]
+        assert sorted(branch for choice in of_op for branch in choice.branches) == [0, 1, 2, 3, 4]
+        assert [choice.merge for choice in of_op] == [False, *[True] * (len(of_op) - 1)]
 
 
 def text(table: Table) -> str:
