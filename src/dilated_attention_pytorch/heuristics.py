@@ -78,8 +78,8 @@ _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
         256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
     },
 }
-PRODUCED_ROWS = 512
-"""Segments of fewer rows have too few tiles for CTAs that stay."""
+PRODUCED_ROWS = {False: 512, True: 2048}
+"""Segments of fewer rows have too few tiles for CTAs that stay: causal ones more, whose tiles take unequal times."""
 RING_HEAD_DIMS = (64, 128)
 GLUON = ("3.6", "3.9")
 """Oldest and newest Triton whose compiler has taken the texts in Gluon, which Triton calls experimental."""
@@ -151,7 +151,7 @@ def default(
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
         rings = _RINGS_ON_HOPPER[op].get(row_bytes, ())
-        if min(queries, keys) < PRODUCED_ROWS:
+        if min(queries, keys) < PRODUCED_ROWS[causal]:
             rings = tuple(config for config in rings if config.loads != "producer")
         described = [*rings, *_DESCRIBED_ON_HOPPER[op].get(row_bytes, ())]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]

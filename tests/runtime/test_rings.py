@@ -35,12 +35,14 @@ def untuned(tmp_path: Path, problem: Problem, gpu: str = "h100", triton: str = "
     )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int) -> None:
-    """The slower texts in Triton, where nobody has measured."""
-    found = untuned(tmp_path, replace(EVEN, head_dim=head_dim))
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "loads"), [(64, False, "ring"), (128, False, "producer"), (128, True, "ring")]
+)
+def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int, causal: bool, loads: str) -> None:
+    """The slower texts in Triton, where nobody has measured; CTAs that stay and wait for one of them."""
+    found = untuned(tmp_path, replace(EVEN, head_dim=head_dim, causal=causal))
     assert {choice.variant.name for choice in found} == {"s2048_d2_even_ring"}
-    assert [choice.config.loads for choice in found] == ["producer" if head_dim == 128 else "ring", "ring", "ring"]
+    assert [choice.config.loads for choice in found] == [loads, "ring", "ring"]
 
 
 @pytest.mark.parametrize(
@@ -103,14 +105,26 @@ def test_tiles_that_cannot_run_are_refused(tmp_path: Path, op: str, config: Laun
         plan(EVEN, device.simulated("h100"), options=asked, toolchain=TOOLCHAIN, committed=Database(tmp_path))
 
 
-@pytest.mark.parametrize(("rows", "rung"), [(1024, "nearest"), (512, "nearest"), (256, "heuristic")])
-def test_ctas_that_stay_are_not_taken_over_by_small_segments(tmp_path: Path, rows: int, rung: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "causal", "rung"),
+    [
+        (1024, False, "nearest"),
+        (512, False, "nearest"),
+        (256, False, "heuristic"),
+        (2048, True, "nearest"),
+        (1024, True, "heuristic"),
+    ],
+)
+def test_ctas_that_stay_are_not_taken_over_by_small_segments(
+    tmp_path: Path, rows: int, causal: bool, rung: str
+) -> None:
     """A pick of 512 rows at 256, where it takes a quarter longer than the untuned default."""
-    measured = replace(WIDE, branches=((2 * 512, 2),))
+    measured = replace(WIDE, branches=((2048 if causal else 1024, 2),), causal=causal)
     database_at(tmp_path, {"h100": [entry(problem=measured, config=PRODUCER)]})
-    asked = replace(WIDE, branches=((2 * rows, 2),), length=16384)
+    asked = replace(WIDE, branches=((2 * rows, 2),), length=16384, causal=causal)
     found = plan(asked, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
     assert found.launches[0].rung == rung
+    assert ("too few tiles" in dict(found.launches[0].passed).get("nearest", "")) == (rung == "heuristic")
 
 
 def test_a_measured_ring_does_not_speak_for_ragged_calls(tmp_path: Path) -> None:

@@ -633,7 +633,7 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     if reason := _no_ring(question, op, config):
         return f"{named}: {reason}"
     rows = problem.rows(question.branches[0])
-    if hit.distance and config.loads == "producer" and rows < heuristics.PRODUCED_ROWS:
+    if hit.distance and config.loads == "producer" and rows < heuristics.PRODUCED_ROWS[problem.causal]:
         return f"{named} was measured on larger segments: {rows} rows make too few tiles for CTAs that stay"
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
