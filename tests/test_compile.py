@@ -157,7 +157,8 @@ CHOSEN = (
     ("s1024_2048_d1_2_even", "fwd", DESCRIBED, 128),
     ("s2048_d2_even_ring", "fwd", LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"), 128),
     ("full_even_ring", "fwd", LaunchConfig(128, 64, num_warps=8, num_stages=4, loads="producer"), 64),
-    ("general_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
+    ("s2048_d1_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
+    ("general_even_ring", "dkdv", LaunchConfig(32, 64, num_warps=4, num_stages=2, loads="ring"), 128),
     ("s2048_d1_even_ring", "dq", LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"), 128),
 )
 """What a measurement may choose and no default does."""
