@@ -16,18 +16,23 @@ ONE_TILE_ROWS = 128
 FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, num_warps=4, num_stages=1))
 """The last resort, larger first: slow, and small enough for every GPU we know."""
 
-# (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes of a padded row of one operand.
-# 128 bytes: bf16 with D <= 64. 256: D <= 128. 512: D <= 256. float32 has a table of its own.
+# (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes that a padded row of one operand has at
+# most. 64 bytes: bf16 with D <= 32. 128: D <= 64. 256: D <= 128. 512: D <= 256. float32 has a table of its own.
 _Sizes = tuple[tuple[int, int, int, int], ...]
 _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
-    "hopper": {  # measured on an H100 at 1024 and 2048 rows, D 64 and 128
+    "hopper": {  # measured on an H100 at 1024 and 2048 rows, D 24, 64 and 128
         "fwd": {
             128: ((128, 64, 4, 3),),
             256: ((64, 64, 4, 3),),
             512: ((128, 32, 8, 2), (64, 32, 4, 2)),
         },
-        "dkdv": {128: ((64, 64, 4, 3),), 256: ((64, 64, 4, 2),), 512: ((32, 64, 8, 1), (32, 32, 4, 1))},
-        "dq": {128: ((64, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
+        "dkdv": {
+            64: ((128, 64, 4, 3),),
+            128: ((64, 64, 4, 3),),
+            256: ((64, 64, 4, 2),),
+            512: ((32, 64, 8, 1), (32, 32, 4, 1)),
+        },
+        "dq": {128: ((64, 64, 4, 3),), 256: ((128, 32, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
     },
     "large": {  # 160 KiB of shared memory and more: sm_80, sm_100, gfx950
         "fwd": {128: ((128, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((128, 32, 8, 2), (64, 32, 4, 2))},
@@ -95,13 +100,14 @@ _FLOAT32: dict[str, dict[int, _Sizes]] = {
     "dq": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 2), (32, 32, 4, 2))), **_WIDE},
 }
 # float32 on tensor cores, in three products or one of tf32: what does not spill, compiled for sm_80, sm_90 and sm_100.
-# Of Hopper's at D = 64, the fastest on an H100.
+# Hopper's at D = 64 and 128 are the fastest on an H100: at 128 they spill some 200 bytes a thread, and take 0.5 to 0.9
+# of the time of larger tiles that spill less, as more CTAs share a multiprocessor.
 _FLOOR32: dict[int, _Sizes] = {1024: ((16, 16, 4, 1),)}
 _SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
     "hopper": {
-        "fwd": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((64, 32, 4, 1),), **_FLOOR32},
-        "dkdv": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 1),)), 512: ((64, 32, 8, 1),), **_FLOOR32},
-        "dq": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((64, 32, 8, 1),), **_FLOOR32},
+        "fwd": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((32, 64, 4, 1),), **_FLOOR32},
+        "dkdv": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
+        "dq": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((32, 32, 4, 2),), **_FLOOR32},
     },
     "other": {
         "fwd": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
@@ -145,8 +151,9 @@ def default(
     elif _operand_bytes(dtype, arch) == 4:
         sizes = _FLOAT32[op][row_bytes]
     else:
-        sizes = _TABLES[_FAMILIES.get(arch, "small")][op][max(row_bytes, 128)]
-        if causal and arch == "sm_90" and (op, max(row_bytes, 128)) == ("fwd", 128):
+        table = _TABLES[_FAMILIES.get(arch, "small")][op]
+        sizes = table[min(most for most in table if row_bytes <= most)]
+        if causal and arch == "sm_90" and op == "fwd" and row_bytes <= 128:
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
