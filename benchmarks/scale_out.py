@@ -12,12 +12,11 @@ something else, and is what one would use to share a sequence without this packa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import dilated_attention_pytorch as dap
+from benchmarks import results
 from benchmarks.environment import environment
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch.config import DTYPE_BYTES, Problem, head_offsets
@@ -106,13 +106,16 @@ def main() -> int:
         return 2
     dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=3))
     chosen = series(64, 128) if arguments.tiny else series(1 << 18, 1 << 16)
-    document = measure(chosen, where, 1 if arguments.tiny else arguments.rounds)
+    output = arguments.output
+    if output is None and (gpu := devices.current(where)) is not None and not arguments.tiny:
+        output = RESULTS / f"scale_out_{gpu.name}_x{dist.get_world_size()}.json"
+    for document in measure(chosen, where, 1 if arguments.tiny else arguments.rounds):
+        if dist.get_rank() == 0:
+            done = f"{len({row['series'] for row in document['rows']})} of {len(chosen)} series"
+            print(f"{done}: {document['rows'][-1]['series']}", file=sys.stderr, flush=True)
+            if output is not None:  # a run that is stopped leaves what it has
+                results.save(document, output)
     if dist.get_rank() == 0:
-        output = arguments.output
-        if output is None and (gpu := devices.current(where)) is not None and not arguments.tiny:
-            output = RESULTS / f"scale_out_{gpu.name}_x{dist.get_world_size()}.json"
-        if output is not None:
-            output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(scale.render(document, "none" if output is None else output.name))
     dist.destroy_process_group()
     return 0
@@ -121,12 +124,21 @@ def main() -> int:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(chosen: Sequence[Series], where: torch.device, rounds: int) -> dict[str, Any]:
-    """Everything, in the processes of the default group; the document is the first rank's."""
+def measure(chosen: Sequence[Series], where: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+    """Everything, in the processes of the default group; after each series the document so far, the first rank's."""
     world = dist.get_world_size()
     sizes = [ranks for ranks in (1, 2, 4, 8) if ranks <= world]
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in sizes}
-    rows, profile = [], None
+    document: dict[str, Any] = {
+        "what": "forward and backward of one attention over several GPUs, seconds of the slowest rank, medians",
+        "command": f"torchrun --nproc-per-node {world} -m benchmarks.scale_out",
+        "environment": environment(),
+        "ranks": world,
+        "rounds": rounds,
+        "agreement_s": _agreement(groups[sizes[-1]], where) if dist.get_rank() < sizes[-1] else None,
+        "rows": [],
+        "profile": None,
+    }
     for one in chosen:
         alone: dict[str, Any] = {}
         for ranks, group in groups.items():
@@ -134,21 +146,13 @@ def measure(chosen: Sequence[Series], where: torch.device, rounds: int) -> dict[
                 row = _row(one, ranks, group, where, rounds, with_others=ranks == sizes[-1] > 1)
                 alone = row if ranks == 1 else alone
                 if dist.get_rank() == 0:
-                    rows.append(_scaled(row, alone))
+                    document["rows"].append(_scaled(row, alone))
             dist.barrier()
-        if profile is None and one.grows and sizes[-1] > 1 and where.type == "cuda" and dist.get_rank() < sizes[-1]:
-            profile = _profile(one, sizes[-1], groups[sizes[-1]], where)
+        shows = one.grows and sizes[-1] > 1 and where.type == "cuda" and dist.get_rank() < sizes[-1]
+        if shows and document["profile"] is None:
+            document["profile"] = _profile(one, sizes[-1], groups[sizes[-1]], where)
         dist.barrier()
-    return {
-        "what": "forward and backward of one attention over several GPUs, seconds of the slowest rank, medians",
-        "command": f"torchrun --nproc-per-node {world} -m benchmarks.scale_out",
-        "environment": environment(),
-        "ranks": world,
-        "rounds": rounds,
-        "agreement_s": _agreement(groups[sizes[-1]], where) if dist.get_rank() < sizes[-1] else None,
-        "rows": rows,
-        "profile": profile,
-    }
+        yield document
 
 
 def _agreement(group: dist.ProcessGroup, where: torch.device) -> float:
@@ -234,14 +238,14 @@ def _errors(problem: Problem, whole: tuple[Tensor, ...], group: dist.ProcessGrou
     Raises:
         SystemExit: They are more than rounding; on all ranks.
     """
-    results = []
+    both = []
     for sharing in (None, group):
         tensors = [x.detach() if sharing is None else shard(x, None, group) for x in whole]
         inputs = [x.requires_grad_() for x in tensors[:3]]
         out = _attend(problem, *inputs, sharing)
         found = [out.detach(), *torch.autograd.grad(out, inputs, tensors[3])]
-        results.append(found if sharing else [shard(x, None, group) for x in found])
-    errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for b, a in zip(*results, strict=True)]
+        both.append(found if sharing else [shard(x, None, group) for x in found])
+    errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for b, a in zip(*both, strict=True)]
     worst = torch.tensor([errors[0], max(errors[1:])])
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     named_errors = dict(zip(BOUNDS, worst.tolist(), strict=True))
