@@ -475,6 +475,9 @@ def _launches(question: _Question) -> tuple[tuple[Choice, ...], tuple[Choice, ..
 
 FASTER = 1.03
 """cuDNN takes an operation that it was faster at by so much: its time was not taken in turn with ours."""
+QUEUED_US = 200.0
+"""It takes no call that a GPU is done with sooner: torch's function takes the host so long to queue (188 us for `core`,
+44 of cuDNN's on an H100, where our launch takes 47: benchmarks/results/host_*.json), and the host would decide."""
 
 
 def _external(question: _Question, launches: tuple[Choice, ...]) -> tuple[tuple[str, str], ...]:
@@ -491,7 +494,7 @@ def _external(question: _Question, launches: tuple[Choice, ...]) -> tuple[tuple[
     for op, beside, ops in judged:
         ours = [taken.median for name in ops if (taken := times.get(name)) is not None]
         cudnn = taken.cudnn if (taken := times.get(beside)) is not None else None
-        if cudnn is not None and len(ours) == len(ops) and cudnn * FASTER < sum(ours):
+        if cudnn is not None and len(ours) == len(ops) and cudnn > QUEUED_US and cudnn * FASTER < sum(ours):
             external.append((op, f"{cudnn:g} us beside {sum(ours):g} us of ours"))
     return tuple(external)
 
