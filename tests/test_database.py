@@ -335,7 +335,8 @@ def test_distance_is_in_log_space() -> None:
     assert database.distance(here, replace(here, grid=here.grid // 16)) == 1
     two = replace(here, branches=((256, 2), (256, 2)))
     assert database.distance(two, replace(two, branches=((256, 2), (1024, 4)))) == 1.25
-    for other in ({"dtype": "bf16"}, {"head_dim": 72}, {"causal": True}, {"order": "snake"}, {"flags": ("mask",)}):
+    assert database.distance(here, replace(here, dtype="bf16")) == 0.25
+    for other in ({"dtype": "fp32"}, {"head_dim": 72}, {"causal": True}, {"order": "snake"}, {"flags": ("mask",)}):
         assert database.distance(here, replace(here, **other)) is None  # type: ignore[arg-type]
     assert database.distance(here, two) is None
 

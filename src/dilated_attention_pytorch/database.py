@@ -66,6 +66,11 @@ class Times:
     cudnn: float | None = None
 
     @property
+    def gain(self) -> float:
+        """The untuned default's time over the median; infinite where it did not run."""
+        return math.inf if self.default is None else self.default / self.median
+
+    @property
     def is_beaten(self) -> bool:
         """The launches that it stands in for are faster: they run in its place."""
         return self.apart is not None and self.median > self.apart
@@ -389,9 +394,12 @@ def status(entry: Entry, arch: str, toolchain: Toolchain, kernels: Mapping[str, 
 def distance(a: ProblemKey, b: ProblemKey) -> float | None:
     """How far apart two problems are in log space, or None where they differ in kind.
 
-    Mean over branches of |Δlog2 rows| + ½·|Δlog2 stride|, plus ¼·|Δlog2 grid|. Kind is everything else.
+    Mean over branches of |Δlog2 rows| + ½·|Δlog2 stride|, plus ¼·|Δlog2 grid|, plus ¼ between bf16 and fp16, for which
+    the same picks win. Kind is everything else.
     """
-    kinds = [(k.op, k.dtype, k.head_dim, k.queries, k.order, k.causal, k.flags, len(k.branches)) for k in (a, b)]
+    kinds = [
+        (k.op, DTYPE_BYTES[k.dtype], k.head_dim, k.queries, k.order, k.causal, k.flags, len(k.branches)) for k in (a, b)
+    ]
     if kinds[0] != kinds[1]:
         return None
     pairs = [
@@ -399,7 +407,8 @@ def distance(a: ProblemKey, b: ProblemKey) -> float | None:
         for (rows_a, stride_a), (rows_b, stride_b) in zip(a.branches, b.branches, strict=True)
     ]
     # Rounded, so that one octave up and one octave down are a tie and not a matter of the last bit.
-    return round(sum(pairs) / len(pairs) + abs(math.log2(a.grid / b.grid)) / 4, 9)
+    other = (abs(math.log2(a.grid / b.grid)) + (a.dtype != b.dtype)) / 4
+    return round(sum(pairs) / len(pairs) + other, 9)
 
 
 @dataclass(frozen=True)

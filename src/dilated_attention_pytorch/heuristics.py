@@ -16,23 +16,31 @@ ONE_TILE_ROWS = 128
 FLOOR = (LaunchConfig(32, 32, num_warps=4, num_stages=1), LaunchConfig(16, 16, num_warps=4, num_stages=1))
 """The last resort, larger first: slow, and small enough for every GPU we know."""
 
-# (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes that a padded row of one operand has at
-# most. 64 bytes: bf16 with D <= 32. 128: D <= 64. 256: D <= 128. 512: D <= 256. float32 has a table of its own.
+# (block_m, block_n, num_warps, num_stages), best first, by family, op and bytes that a row of one operand has at most.
+# 64 bytes: bf16 with D <= 32. 96: D <= 48. 128: D <= 64. 192: D <= 96. 256: D <= 128. 512: D <= 256. float32 has a
+# table of its own.
 _Sizes = tuple[tuple[int, int, int, int], ...]
 _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
-    "hopper": {  # measured on an H100 at 1024 and 2048 rows, D 24, 64 and 128
+    "hopper": {  # measured on an H100 at 128 to 8192 rows, D 24, 48, 64, 96 and 128
         "fwd": {
-            128: ((128, 64, 4, 3),),
+            64: ((128, 64, 4, 3),),
+            128: ((128, 64, 8, 3),),
             256: ((64, 64, 4, 3),),
             512: ((128, 32, 8, 2), (64, 32, 4, 2)),
         },
         "dkdv": {
             64: ((128, 64, 4, 3),),
+            96: ((32, 64, 4, 3),),
             128: ((64, 64, 4, 3),),
             256: ((64, 64, 4, 2),),
             512: ((32, 64, 8, 1), (32, 32, 4, 1)),
         },
-        "dq": {128: ((64, 64, 4, 3),), 256: ((128, 32, 8, 3),), 512: ((64, 32, 8, 1), (32, 32, 4, 1))},
+        "dq": {
+            128: ((64, 64, 4, 3),),
+            192: ((128, 64, 8, 3),),
+            256: ((128, 32, 8, 3),),
+            512: ((64, 32, 8, 1), (32, 32, 4, 1)),
+        },
     },
     "large": {  # 160 KiB of shared memory and more: sm_80, sm_100, gfx950
         "fwd": {128: ((128, 64, 4, 3),), 256: ((128, 64, 8, 3),), 512: ((128, 32, 8, 2), (64, 32, 4, 2))},
@@ -152,7 +160,8 @@ def default(
         sizes = _FLOAT32[op][row_bytes]
     else:
         table = _TABLES[_FAMILIES.get(arch, "small")][op]
-        sizes = table[min(most for most in table if row_bytes <= most)]
+        unpadded = head_dim * _operand_bytes(dtype, arch)
+        sizes = table[min(most for most in table if unpadded <= most)]
         if causal and arch == "sm_90" and op == "fwd" and row_bytes <= 128:
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []

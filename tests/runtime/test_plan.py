@@ -112,6 +112,19 @@ def test_an_entry_that_cannot_be_trusted_is_passed_over(
     assert any(rung == "exact" and complaint in sentence for rung, sentence in found.passed)
 
 
+def test_a_pick_that_gained_little_elsewhere_does_not_leave_home(tmp_path: Path) -> None:
+    """Tiles that were a hair faster than the default on a small sequence, and lose an eighth to it on a larger one."""
+    tied = entry(branches=((512, 2),), config=MINE)
+    tied = replace(tied, time_us=replace(tied.time_us, default=102.0))
+    found = fwd(planned(database_at(tmp_path / "tied", {"h100": [tied]})))
+    assert found.rung == "heuristic"
+    assert any("no reason to leave the untuned default, which took 102 us there" in why for _, why in found.passed)
+    unrivalled = replace(tied, time_us=replace(tied.time_us, default=None))
+    assert fwd(planned(database_at(tmp_path / "unrivalled", {"h100": [unrivalled]}))).rung == "nearest"
+    here = replace(entry(config=MINE), time_us=tied.time_us)
+    assert fwd(planned(database_at(tmp_path / "here", {"h100": [here]}))).rung == "exact"
+
+
 def test_an_entry_of_another_gpu_must_fit_this_one(tmp_path: Path) -> None:
     """A config measured on a GPU with more shared memory cannot be launched here."""
     committed = database_at(tmp_path, {"h200": [entry(shared_bytes=200_000)]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from dilated_attention_pytorch import device, generated
@@ -42,6 +43,10 @@ def test_every_kind_that_people_have_is_there() -> None:
             assert ("bf16", head_dim, "dilated", order, False, ()) in found
         for flag in ("full", "mask"):
             assert ("bf16", head_dim, "dilated", "none", False, (flag,)) in found
+    ragged = {
+        (task.key.head_dim, task.key.causal) for task in GRID if task.problem.length % task.problem.branches[0][0]
+    }
+    assert ragged == set(itertools.product((64, 128), (False, True)))
     rows = {key.branches[0][0] for key in keys}
     assert min(rows) == 64
     for wanted in (64, 8192, 16384):

@@ -599,6 +599,10 @@ def _climb(question: _Question, op: str) -> tuple[Choice, Times | None] | None:
     raise _NothingFits(f"{op}: not even the smallest tiles fit: {passed[-1][1]}")
 
 
+SPEAKS = 1.03
+"""A pick of another problem that gained less over the untuned default leaves this one's as it is."""
+
+
 def _is_miss(question: _Question, op: str, rung: str) -> bool:
     """The caller wants nothing that was not measured, and this was not."""
     return question.options.on_miss == "error" and rung not in MEASURED and (op == "fwd" or question.backward)
@@ -635,6 +639,9 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     problem, device, config = question.problem, question.device, hit.entry.launch
     if reason := _no_ring(question, op, config):
         return f"{named}: {reason}"
+    alone = op != BACKWARD and len(question.branches) == 1
+    if hit.distance and alone and hit.entry.time_us.gain < SPEAKS:
+        return f"{named} is no reason to leave the untuned default, which took {hit.entry.time_us.default:g} us there"
     rows = problem.rows(question.branches[0])
     if hit.distance and config.loads == "producer" and rows < heuristics.PRODUCED_ROWS[problem.causal]:
         return f"{named} was measured on larger segments: {rows} rows make too few tiles for CTAs that stay"

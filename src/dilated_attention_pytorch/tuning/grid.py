@@ -31,7 +31,9 @@ def calls() -> list[Problem]:
 
     - bf16 at head dimensions 64 and 128, causal or not: 64, 256, 512 and 8192 rows, beside the workloads' 2048, causal
       without 256. Bytes decide below 500 rows or so, products above, and a loop of 8192 rows runs as one of 16384 does.
-    - bf16 at 48 and 96, fp16 at 64 and 128: 128, 1024 and 8192 rows; causal one. fp16 at 48 and 96: 1024.
+    - The same with a short last segment, whose tiles no descriptor loads: 192, 768 and 3072 rows, causal without 192.
+      Even calls and ragged ones of the same rows have one key, so these have rows of their own.
+    - bf16 at 48 and 96: 128, 1024 and 8192 rows; causal one. fp16, for which bf16's picks win too: 1024.
     - fp32: 128 and 2048 rows at 64 and 128, else 512; causal at 64.
     - A single segment is a kind of its own, as its last branch is in every model here: bf16, 512 and 4096 rows.
     - Orders, computed and through an index, with dilated and with all queries; a padding mask: bf16, 256 and 4096 rows.
@@ -41,15 +43,14 @@ def calls() -> list[Problem]:
         *_branches("bf16", (64, 128), (64, 512, 8192), causal=(True,)),
         *_branches("bf16", (48, 96), (128, 1024, 8192)),
         *_branches("bf16", (48, 96), (512,), causal=(True,)),
-        *_branches("fp16", (64, 128), (128, 1024, 8192)),
-        *_branches("fp16", (64, 128), (1024,), causal=(True,)),
-        *_branches("fp16", (48, 96), (1024,)),
+        *_branches("bf16", (64, 128), (192, 768, 3072), ragged=True),
+        *_branches("bf16", (64, 128), (768, 3072), causal=(True,), ragged=True),
+        *_branches("fp16", (48, 64, 96, 128), (1024,)),
         *_branches("fp32", (64, 128), (128, 2048)),
         *_branches("fp32", (64,), (512,), causal=(True,)),
         *_branches("fp32", (48, 96), (512,)),
         *_branches("bf16", (64, 128), (512, 4096), causal=(False, True), full=True),
         *_branches("bf16", (96,), (2048,), full=True),
-        *_branches("fp16", (64,), (2048,), full=True),
     ]
     for order in ("snake", "hilbert"):
         found += _branches("bf16", (64, 128), (256, 4096), order=order)
@@ -72,6 +73,7 @@ def _branches(
     order: str = "none",
     queries: str = "dilated",
     full: bool = False,
+    ragged: bool = False,
     mask: bool = False,
 ) -> Iterator[Problem]:
     for head_dim, kept, late in itertools.product(head_dims, rows, causal):
@@ -79,7 +81,7 @@ def _branches(
         heads = max(min(HEADS, CHECKED_SCORES // (2 * asking * kept)), 1)
         pairs = max(cdiv(KEPT_BYTES, kept * head_dim * DTYPE_BYTES[dtype]), heads)
         segments = 1 if full else max(pairs // heads, 2)
-        length = segments * kept * RATE
+        length = segments * kept * RATE + (kept * RATE // 3 + 1 if ragged else 0)
         yield Problem(
             dtype=dtype,
             batch=pairs // heads if full else 1,
