@@ -16,8 +16,10 @@ from benchmarks.results import Document, best_peer, left_out, median, ratio
 ROOT = results.FOLDER.parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- `python -m benchmarks report` writes from here -->", "<!-- to here -->"
+TUNING = "<!-- `python -m benchmarks report` writes what tuning is worth from here -->"
 """Where a page holds them, what stands between is drawn."""
 NOTHING = "No result of this measurement is committed yet."
+NONE: Mapping[str, Document] = {}
 
 
 def main(*, check: bool) -> int:
@@ -26,7 +28,7 @@ def main(*, check: bool) -> int:
     Returns:
         The exit code.
     """
-    wanted = files(documents())
+    wanted = files(documents(), tuned=documents("tune_standard_*.json"))
     old = [path for path, text in wanted.items() if is_stale(path, text)]
     for path in old:
         print(f"{path.name} is out of date; `python -m benchmarks report` draws it anew" if check else path)
@@ -36,28 +38,52 @@ def main(*, check: bool) -> int:
     return int(check and bool(old))
 
 
-def documents(folder: Path = results.FOLDER) -> dict[str, Document]:
-    """Result files of this measurement by file name."""
-    return {path.name: results.load(path) for path in sorted(folder.glob("bench_*.json"))}
+def documents(pattern: str = "bench_*.json", folder: Path = results.FOLDER) -> dict[str, Document]:
+    """Result files of a measurement by file name."""
+    return {path.name: results.load(path) for path in sorted(folder.glob(pattern))}
 
 
-def files(found: Mapping[str, Document], page: Path = PAGE, readme: Path = README) -> dict[Path, str | figures.Picture]:
-    """The page, its figures, and the README where it has a place for the table, as they should be."""
+def files(
+    found: Mapping[str, Document], page: Path = PAGE, readme: Path = README, *, tuned: Mapping[str, Document] = NONE
+) -> dict[Path, str | figures.Picture]:
+    """The page, its figures, and the README where it has places for the tables, as they should be."""
     pictures = {
         page.parent / "figures" / _figure(name, picture): picture
         for name, document in found.items()
         for picture in figures.pictures(document)
     }
     sections = [_section(name, document) for name, document in found.items()] or [NOTHING]
-    texts = {page: _between_marks(page, "\n\n".join(sections))}
-    if readme.is_file() and BEGIN in readme.read_text(encoding="utf-8"):
-        texts[readme] = _between_marks(readme, summary(found) or NOTHING)
+    texts = {page: _between_marks(page.read_text(encoding="utf-8"), "\n\n".join(sections))}
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    places = {mark: table for mark, table in ((BEGIN, summary(found)), (TUNING, worth(tuned))) if mark in text}
+    for mark, table in places.items():
+        texts[readme] = text = _between_marks(text, table or NOTHING, mark)
     return {**texts, **pictures}
 
 
-def _between_marks(path: Path, text: str) -> str:
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    return "\n\n".join([before.rstrip(), BEGIN, text, END]) + rest.partition(END)[2]
+def _between_marks(page: str, text: str, begin: str = BEGIN) -> str:
+    before, _, rest = page.partition(begin)
+    return "\n\n".join([before.rstrip(), begin, text, END]) + rest.partition(END)[2]
+
+
+def worth(tuned: Mapping[str, Document]) -> str:
+    """What tuning gained over the untuned defaults on every GPU side by side: by model, then in all."""
+    problems = [document["problems"] for document in tuned.values()]
+    names = dict.fromkeys(problem["workload"] for found in problems for problem in found)
+    lines = []
+    for name in (*names, None):
+        cells = []
+        for found in problems:
+            gains = [row["gain"] for row in found if name in (row["workload"], None) and row["gain"] is not None]
+            cells += [str(len(gains)), *map(_number, (_geometric_mean(gains), max(gains, default=math.nan)))]
+        lines.append(["in all" if name is None else f"`{name}`", *cells])
+    gpus = [document["run"]["device"] for document in tuned.values()]
+    head = ["", *(cell for gpu in gpus for cell in (f"{gpu}, launches", "default ÷ pick", "at most"))]
+    return _table(head, lines)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
 def summary(found: Mapping[str, Document]) -> str:

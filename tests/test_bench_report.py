@@ -121,6 +121,22 @@ def test_tables_say_what_was_measured(page: Path) -> None:
     assert all(line.endswith("|") for line in tables)
 
 
+def test_the_readme_says_what_tuning_is_worth(page: Path) -> None:
+    """A mean of ratios where their product counts, a model left out of the sum, or the other table drawn over."""
+    readme = page.with_name("README.md")
+    places = f"{report.BEGIN}\n\n{report.END}\n\nBetween.\n\n{report.TUNING}\n\nold\n\n{report.END}\n\nMore.\n"
+    readme.write_text(f"# Name\n\n{places}", encoding="utf-8")
+    gains = [("longnet", 1.0), ("longnet", 4.0), ("wide", 1.0), ("wide", None)]
+    problems = [{"workload": workload, "gain": gain} for workload, gain in gains]
+    tuned = {"tune_standard_h100.json": {"run": {"device": "h100"}, "problems": problems}}
+    text = report.files({"bench_h100.json": document()}, page, readme, tuned=tuned)[readme]
+    assert isinstance(text, str)
+    first, _, second = text.partition("Between.")
+    assert "`longnet` forward" in first and "old" not in second and second.endswith("More.\n")
+    lines = [line for line in second.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["| `longnet` | 2 | 2 | 4 |", "| `wide` | 1 | 1 | 1 |", "| in all | 3 | 1.59 | 4 |"]
+
+
 def test_the_readme_s_table_has_all_gpus(page: Path) -> None:
     """A column under another GPU's name, or a README that is drawn into without a place for it."""
     readme = page.with_name("README.md")
