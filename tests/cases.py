@@ -118,6 +118,8 @@ CASES = (
     Case(N=50, branches=((25, 6),), H=3, D=48),  # r > H: some steps are kept by no head
     Case(N=45, branches=((64, 2),), H=2, D=80),  # w > N
     Case(N=45, branches=((45, 45),), H=2, D=8),  # one key a head
+    Case(N=50, branches=((20, 1), (2**31 - 1, 2**31 - 1)), H=3, D=8),  # one key a head, by the largest rate there is
+    Case(N=41, branches=((16, 33_818_641), (41, 2**31 - 1)), head_offset=((0, 39, -1, 15), (40, 0, 77, -1)), D=8),
     Case(N=1, branches=((4, 1),)),
     Case(N=1, branches=((4, 3),), H=5),
     Case(N=7, branches=((4, 2),), B=0),

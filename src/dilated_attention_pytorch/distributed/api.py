@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import DilatedAttentionError, UnsupportedError
 from ..order import TokenOrder, as_order
 from ..runtime import options as option_values
-from ..runtime.arguments import Call, cast_like_autocast, resolve
+from ..runtime.arguments import Call, cast_like_autocast, resolve, without_excess
 from ..runtime.digest import db_digest
 from ..runtime.dropout import Dropout
 from .agreement import Group, agree, as_group, waiting
@@ -237,6 +237,7 @@ def _share(
     group: dist.ProcessGroup,
 ) -> Share:
     """What the ranks have agreed on, as the parts need it."""
+    call = without_excess(call, shards.length)
     problem = call.problem
     tokens = None
     if order is not None:

@@ -11,7 +11,7 @@ import numbers
 import operator
 import threading
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,21 @@ class Call:
     mask: Tensor | None
     offsets: HeadOffsets
     dropout_p: float
+
+
+def without_excess(call: Call, length: int) -> Call:
+    """The same call of a sequence of so many steps with no larger dilation rate than tells.
+
+    From a rate on that exceeds all first steps and the segment, each head keeps its first step alone. Kernels count
+    steps in 32 bits, and what lies between kept steps one by one.
+    """
+    problem = call.problem
+    firsts = [max(row, default=0) + 1 for row in call.offsets.rows]
+    telling = [
+        (segment, min(rate, max(min(segment, length), problem.heads, first)))
+        for (segment, rate), first in zip(problem.branches, firsts, strict=True)
+    ]
+    return replace(call, problem=replace(problem, branches=tuple(telling)))
 
 
 def resolve(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import device as devices
 from ..order import TokenOrder, as_order
 from . import options as option_values
-from .arguments import Call, check_mask, check_tensors, resolve
+from .arguments import Call, check_mask, check_tensors, resolve, without_excess
 from .function import is_recorded
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _decided(
 ) -> tuple[Call, Plan]:
     from .plan import plan  # with the database's reader behind it: a third of the package's import
 
-    call = resolve(q, k, v, segment_lengths, dilation_rates, deterministic=deterministic, **arguments)
+    given = resolve(q, k, v, segment_lengths, dilation_rates, deterministic=deterministic, **arguments)
+    call = without_excess(given, q.shape[1])
     found = plan(call.problem, devices.current(q.device), backend, chosen, backward=backward)
     if chosen.miss_log is not None:
         from .misses import note
