@@ -64,7 +64,8 @@ class Pattern:
             return
         rows = self.variant().rows
         whole = isinstance(self.segment, str) or self.segment % self.dilation == 0
-        yield self.variant(), ""
+        if rows is None or rows > SMALLEST_TILE:  # else one tile holds a segment, whatever the tiles
+            yield self.variant(), ""
         if whole and (rows is None or rows % EVEN_ROWS == 0):
             even = self.variant(even=True)
             yield even, EVEN

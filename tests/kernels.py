@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 from unittest import mock
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dilated_attention_pytorch as dap
-from dilated_attention_pytorch import heuristics
+from dilated_attention_pytorch import generated, heuristics
 from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_two
 from dilated_attention_pytorch.device import current
 from dilated_attention_pytorch.runtime import launch
@@ -99,9 +99,10 @@ def pattern_case(
     variant: Variant, *, heads: int = 2, D: int = 16, dtype: str = "fp32", causal: bool = False, mask: bool = False
 ) -> Case:
     """A call whose one launch runs this variant: whole segments for an even text, else a short last one."""
-    rate = variant.dilation or (4 if variant.one_tile and variant.even else 3)
     branches = variant.levels
     even_rows = 256 if variant.ring else 64
+    free_segment, free_rate = _unrendered(variant, even_rows)
+    rate = variant.dilation or free_rate
     if variant.ring:  # of what its tensor cores take, and a mask not at all
         D, dtype, mask = D if D in heuristics.RING_HEAD_DIMS else 64, "bf16" if dtype == "fp32" else dtype, False
     if branches:
@@ -110,7 +111,7 @@ def pattern_case(
     elif variant.segment == "full":
         segment, length = 1 << 20, (even_rows * rate if variant.even else 62 * rate + 1)
     else:
-        segment = variant.segment or (even_rows * rate if variant.even else 100)
+        segment = variant.segment or free_segment
         # Five segments of 128 cut a row of the snake that runs backwards: two do not, and where every step is kept the
         # snake would be left out.
         segments = 5 if variant.order == "snake" and rate == 1 else 2
@@ -130,6 +131,17 @@ def pattern_case(
     )
 
 
+def _unrendered(variant: Variant, even_rows: int) -> tuple[int | str, int]:
+    """A segment and a rate for a general text, for which no text of its own takes the call."""
+    texts = map(Variant.from_name, generated.names() - {"delta"})
+    special = {(text.segment, text.dilation) for text in texts}
+    pairs: Iterator[tuple[int | str, int]] = ((segment, 3) for segment in count(100) if segment % 3)
+    if variant.even or variant.segment == "full":
+        rates = count(4 if variant.one_tile else 3)
+        pairs = ((variant.segment or even_rows * rate, rate) for rate in rates)
+    return next(pair for pair in pairs if pair not in special)
+
+
 def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     """Tiles with which the plan comes to the variant; None where any do."""
     if variant.ring:
@@ -144,8 +156,9 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     tile = max(next_power_of_two(rows), 16)
     asking = rows if variant.queries == "dilated" else variant.segment or 4 * rows
     assert isinstance(asking, int)
-    around = LaunchConfig(32, tile, num_warps=4, num_stages=1)
-    held = LaunchConfig(max(next_power_of_two(asking), 16), tile, num_warps=8, num_stages=1)
+    holding = max(next_power_of_two(asking), 16)
+    around = LaunchConfig(min(32, holding), tile, num_warps=4, num_stages=1)
+    held = LaunchConfig(holding, tile, num_warps=8, num_stages=1)
     return {"fwd": around, "dkdv": held, "dq": around}
 
 

@@ -90,14 +90,14 @@ def test_list_prints_every_variant_with_its_reason(checkout: Path) -> None:
 def test_add_writes_the_line_once_and_generates(checkout: Path) -> None:
     """A second `--add` would write a second line; a new pattern would wait for a second command."""
     matrix = checkout / "codegen" / "matrix.py"
-    added = codegen(checkout, "--add", "3000:5:hilbert")
+    added = codegen(checkout, "--add", "2993:7:hilbert")
     assert added.returncode == 0, added.stderr
     once = matrix.read_text()
-    assert once.count('    Pattern(3000, 5, "hilbert", reason="added"),\n') == 1
-    assert (checkout / "generated" / "s3000_d5_hilbert.py").exists()
-    again = codegen(checkout, "--add", "3000:5:hilbert")
+    assert once.count('    Pattern(2993, 7, "hilbert", reason="added"),\n') == 1
+    assert (checkout / "generated" / "s2993_d7_hilbert.py").exists()
+    again = codegen(checkout, "--add", "2993:7:hilbert")
     assert again.returncode == 0
-    assert "3000:5:hilbert is in codegen/matrix.py already" in again.stdout
+    assert "2993:7:hilbert is in codegen/matrix.py already" in again.stdout
     assert matrix.read_text() == once
     assert codegen(checkout, "--check").returncode == 0
 
@@ -126,9 +126,9 @@ def test_add_refuses_nonsense_and_writes_nothing(checkout: Path, spec: str) -> N
 def test_add_keeps_the_matrix_when_the_pattern_cannot_be_rendered(checkout: Path) -> None:
     """A line that the template cannot render would break every later run."""
     template = checkout / "templates" / "attention.py.jinja"
-    template.write_text(template.read_text() + "{% if segment == 3000 %}\na = = 1\n{% endif %}\n")
+    template.write_text(template.read_text() + "{% if segment == 2993 %}\na = = 1\n{% endif %}\n")
     before = (checkout / "codegen" / "matrix.py").read_bytes()
-    result = codegen(checkout, "--add", "3000:5")
+    result = codegen(checkout, "--add", "2993:7")
     assert result.returncode == 2
-    assert "s3000_d5 is rendered as no Python" in result.stderr
+    assert "s2993_d7 is rendered as no Python" in result.stderr
     assert (checkout / "codegen" / "matrix.py").read_bytes() == before

@@ -460,7 +460,7 @@ def test_a_plan_needs_neither_torch_nor_triton() -> None:
 
 def test_explain_tells_the_whole_story(tmp_path: Path) -> None:
     """'Why this config' is the question users ask of every tuned library."""
-    asked = replace(PROBLEM, branches=((512, 2), (3000, 5), (100_000, 1)), order="hilbert", padding="zeros")
+    asked = replace(PROBLEM, branches=((512, 2), (2993, 7), (100_000, 1)), order="hilbert", padding="zeros")
     measured = entry(problem=asked, branches=((288, 2),))
     text = planned(database_at(tmp_path, {"h200": [measured]}), asked).explain()
     for expected in (
@@ -470,7 +470,7 @@ def test_explain_tells_the_whole_story(tmp_path: Path) -> None:
         "general_hilbert  64x32_w4_s2  nearest: 100 us (99 to 101, untuned 125) on nvidia-h200 for [rows, stride]",
         "[[288, 2]], grid 256, at distance 0.17, Triton 3.6.0, 2026-11-22, fresh",
         "silicon  no entry for this problem on another device with this chip",
-        "`python -m codegen --add 3000:5:hilbert` renders one",
+        "`python -m codegen --add 2993:7:hilbert` renders one",
     ):
         assert expected in text
     assert "dkdv" in text

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from codegen.matrix import PATTERNS, expand, parse
 from dilated_attention_pytorch import generated
 from dilated_attention_pytorch.config import LaunchConfig, Problem
 from dilated_attention_pytorch.order import TokenOrder
@@ -76,17 +77,20 @@ def test_without_its_texts_a_pattern_runs_through_the_general_one() -> None:
     assert variant_for(asked, 0, "fwd", SQUARE, frozenset({"general_hilbert", "delta"})) is None
 
 
-def test_every_attention_text_can_run() -> None:
-    """A text that no problem leads to is dead weight in git."""
+@pytest.mark.parametrize("added", [[], ["3000:5:hilbert", "64:4", "full:3", "100:3", "128:16:all", "2048:1+4096:2"]])
+def test_every_attention_text_can_run(added: list[str]) -> None:
+    """A text that no problem leads to: dead weight in git, or tests that fail after a user's `--add`."""
+    texts = frozenset(variant.name for variant in expand([*PATTERNS, *map(parse, added)])) | {"delta"}
+    assert texts == TEXTS if not added else texts > TEXTS
     reached = set()
-    for text in sorted(TEXTS - {"delta"}):
+    for text in sorted(texts - {"delta"}):
         variant = Variant.from_name(text)
         if variant.levels:
             length = 2 * variant.levels[-1][0] - (not variant.even)
             asked = replace(problem(length, 1, 1), branches=variant.levels)
-            found = chain(asked, TEXTS & {text, text.removesuffix("_even")})
+            found = chain(asked, texts & {text, text.removesuffix("_even")})
             assert found == tuple(range(len(variant.levels)))
-            reached.add(str(text_for(asked, found, "fwd", SQUARE, TEXTS)))
+            reached.add(str(text_for(asked, found, "fwd", SQUARE, texts)))
             continue
         dilation = variant.dilation or 5
         of_any = (
@@ -99,10 +103,10 @@ def test_every_attention_text_can_run() -> None:
         asked = problem(length if variant.even else length - 1, segment, dilation, order=variant.order,
                         queries=variant.queries, row_width=23 * (variant.order == "snake"))  # fmt: skip
         for block_m, block_n in itertools.product((16, 64), (16, 32, 64, 128)):
-            reached.add(name(asked, LaunchConfig(block_m, block_n)))
+            reached.add(name(asked, LaunchConfig(block_m, block_n), texts=texts))
         if variant.ringable:
-            reached.add(name(asked, LaunchConfig(64, 64, loads="ring")))
-    assert reached >= TEXTS - {"delta"}
+            reached.add(name(asked, LaunchConfig(64, 64, loads="ring"), texts=texts))
+    assert reached >= texts - {"delta"}
 
 
 # ---- Orders that change nothing --------------------------------------------------------------------------------------
