@@ -37,7 +37,7 @@ help:
 	@echo "With PYTHON=... or in an active environment that has torch, that one is used; else .venv is made."
 
 demo: $(SETUP)
-	$(call need,$(RUN_TIME))
+	$(call need,$(RUN_TIME) numpy)
 	$(PY) -m benchmarks.demo
 
 # Triton's interpreter and its compiler cannot share a process. As many processes as cores, of one thread each.

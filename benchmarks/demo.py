@@ -177,7 +177,6 @@ def _interpreted(console: Console, bar: Bar) -> list[str]:
     child = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     bar.done("interpreted")
     if child.returncode:
-        # Such as numpy, which the interpreter needs and nothing else does.
         reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
         console.print(f"Triton's interpreter did not run: {reason}\n", markup=False)
         return ["the interpreter did not run"]

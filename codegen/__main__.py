@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 
@@ -42,11 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.list:
-            return _list()
-        if chosen.check:
-            return _check()
-        return _generate(chosen.add)
+        code = _list() if chosen.list else _check() if chosen.check else _generate(chosen.add)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Such as head's. Python flushes once more when it ends: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if SIGPIPE had ended it
     except CodegenError as error:
         parser.exit(2, f"{MEND}: {error}\n")
 
@@ -73,7 +76,7 @@ def _check() -> int:
 
 def _generate(spec: str | None) -> int:
     patterns = list(matrix.PATTERNS)
-    added = matrix.parse(spec) if spec else None
+    added = None if spec is None else matrix.parse(spec)
     if added and any(replace(pattern, reason=added.reason) == added for pattern in patterns):
         print(f"{spec} is in codegen/matrix.py already")
         added = None

@@ -34,23 +34,12 @@ ALL = os.environ.get("PROVE") == "all"
 
 LARGE = {*((kind, "sm_90") for kind in KINDS), *(("s2048_d2_even", arch) for arch in EVERYWHERE)}
 """Texts and GPUs that are compiled with the untuned default: the others with tiles that compile in half the time."""
-
-
-def _statements(variant: Variant) -> tuple[object, ...]:
-    """What decides which statements a text has: those of two segment lengths differ by a number."""
-    fixed = variant.segment if not isinstance(variant.segment, int) else "fixed"
-    strided = variant.dilation if variant.dilation in (None, 1) else "strided"
-    kinds = variant.order, variant.queries, variant.one_tile, variant.even
-    return fixed, strided, *kinds, len(variant.wider), variant.ring
-
-
-ONE_OF_EACH = {_statements(variant): variant.name for variant in VARIANTS}.values()
 CELLS = [
     (variant.name, arch)
     for variant in VARIANTS
     for arch in EVERYWHERE
     if arch == "sm_90" or not variant.ring
-    if ALL or variant.name in KINDS or (arch == "sm_90" and variant.name in ONE_OF_EACH)
+    if ALL or variant.name in KINDS or arch == "sm_90"
 ]
 """Every variant is compiled for every GPU by `make prove`."""
 

@@ -436,6 +436,8 @@ def _as_permutation(permutation: Tensor | Sequence[int]) -> Tensor:
         raise OrderError(f"a permutation must hold integers, got {given.dtype}")
     if given.ndim != 1:
         raise OrderError(f"a permutation must have shape (N,), got {tuple(given.shape)}")
+    if given.is_meta:
+        raise OrderError("a permutation must hold numbers, and a meta tensor has none: make it on the CPU")
     with torch.inference_mode(False):
         tokens = given.to(_CPU, torch.int64)
         length = len(tokens)

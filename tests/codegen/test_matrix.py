@@ -79,6 +79,7 @@ def test_a_spec_is_read(spec: str, expected: Pattern) -> None:
     [
         ("3000", "'3000' has no dilation rate"),
         ("", "'' has no dilation rate"),
+        ("", "'' has no dilation rate"),
         ("many:5", "segment 'many' in 'many:5' is no positive integer"),
         ("3000:full", "dilation 'full' in '3000:full' is no positive integer"),
         ("0:5", "segment '0' in '0:5' is no positive integer"),

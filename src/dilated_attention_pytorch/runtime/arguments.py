@@ -183,6 +183,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ArgumentTypeError(f"{label} must be a tensor {shape}, got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ArgumentError(f"{label} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.layout != torch.strided:
+            raise ArgumentError(f"{label} must be a dense tensor, got layout {tensor.layout}; .to_dense() makes one")
         if tensor.dtype not in DTYPES:
             raise ArgumentError(f"{label} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
@@ -225,7 +227,8 @@ def _integers(label: str, values: int | Sequence[int]) -> tuple[int, ...]:
         except TypeError:
             number = None
         if number is None or isinstance(value, bool):
-            raise ArgumentTypeError(f"{label} must be an integer or a sequence of integers, got {values!r}")
+            remedy = "; .tolist() makes one" if hasattr(values, "tolist") else ""
+            raise ArgumentTypeError(f"{label} must be an integer or a sequence of integers, got {values!r}{remedy}")
         if not 1 <= number < 2**31:
             raise ArgumentError(f"{label} must lie in 1..2^31-1, got {number} in {values!r}")
         numbers.append(number)
@@ -251,6 +254,8 @@ def check_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
             f"key_padding_mask must be bool, True = take part, got {mask.dtype}; write mask != 0, or mask == 0 "
             "where 1 meant padding"
         )
+    if mask.layout != torch.strided:
+        raise ArgumentError(f"key_padding_mask must be a dense tensor, got layout {mask.layout}; .to_dense() makes one")
     if mask.shape != q.shape[:2]:
         raise ArgumentError(f"key_padding_mask must have shape (B, N) = {tuple(q.shape[:2])}, got {tuple(mask.shape)}")
     if mask.device != q.device:
