@@ -127,8 +127,11 @@ def _append(x: Tensor, column: Tensor) -> Tensor:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Torch multiplies -inf of a later key by the scale: by one that is not positive, it makes inf or NaN of it."""
     # Torch's pad and cat may put a column beside rows of a single element in another layout; its kernels do not look.
     q, k, v = unit_stride(q, k, v)
+    if causal and scale <= 0.0:
+        q, scale = q * scale, 1.0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out, lse
 
@@ -137,6 +140,9 @@ def _kernel_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, dout = unit_stride(q, k, v, out, dout)
+    if causal and scale <= 0.0:
+        dq, dk, dv = _kernel_backward(q * scale, k, v, out, lse, dout, 1.0, causal)
+        return dq * scale, dk, dv
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, scale=scale
     )

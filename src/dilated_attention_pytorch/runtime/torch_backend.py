@@ -59,8 +59,10 @@ def forward(
     """
     problem = plan.problem
     q, k, v = unit_stride(q, k, v)
-    branches = _Branches(plan, "fwd", q, index, offsets, dropout)
     lse = q.new_full((problem.batch, problem.heads, problem.length), -torch.inf, dtype=upcast(q[:0]).dtype)
+    if lse.numel() == 0:
+        return q.new_zeros(q.shape), lse
+    branches = _Branches(plan, "fwd", q, index, offsets, dropout)
     first, ahead, behind = branches.sequence()
     waiting = [
         (call.queries, *_attend(call, problem, q, k, v, scale, mask, drops))
@@ -115,6 +117,8 @@ def backward(
         dq, dk and dv, shaped and typed like q, k and v.
     """
     problem = plan.problem
+    if lse.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, k, v = unit_stride(q, k, v)
     totals: list[Tensor] = []
     keyless = lse == -torch.inf
