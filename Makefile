@@ -64,9 +64,11 @@ bench: $(SETUP)
 	$(call need,$(RUN_TIME))
 	$(PY) -m benchmarks $(ARGS)
 
-prove: $(SETUP)
+# Shared memory is compared where the compiler is the one that the database was measured with.
+prove: $(SETUP) .envs/triton-3.6.0
 	$(call need,$(TESTS) triton)
 	PROVE=all $(PY) -m pytest -q -n auto -m compile
+	PROVE=all PYTHONPATH=$(CURDIR)/.envs/triton-3.6.0:$(PYTHONPATH) $(PY) -m pytest -q -n auto -m compile tests/test_tune_db.py
 
 gpu-test: $(SETUP)
 	$(call need,$(TESTS) triton)
@@ -75,6 +77,13 @@ gpu-test: $(SETUP)
 
 python:
 	@echo $(PY)
+
+# Another triton, to stand in front of the same torch.
+.PRECIOUS: .envs/triton-%
+.envs/triton-%: $(SETUP)
+	@rm -rf $@.part
+	$(PY) -m pip install --quiet --no-deps --target $@.part "triton==$*"
+	@mv $@.part $@
 
 $(STAMP): BASE := $(or $(PYTHON),python3)
 $(STAMP): pyproject.toml constraints.txt hatch_build.py
