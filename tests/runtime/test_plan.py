@@ -471,6 +471,7 @@ def test_explain_tells_the_whole_story(tmp_path: Path) -> None:
         "[[288, 2]], grid 256, at distance 0.17, Triton 3.6.0, 2026-11-22, fresh",
         "silicon  no entry for this problem on another device with this chip",
         "`python -m codegen --add 2993:7:hilbert` renders one",
+        "its tails are masked: N 8765 is no multiple of segments of 512",
     ):
         assert expected in text
     assert "dkdv" in text

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ..config import Problem
 from .plan import Choice, Plan
-from .variants import acting_order, nested
+from .variants import acting_order, nested, why_ragged
 
 
 def tell(plan: Plan, *, backward: bool = True) -> str:
@@ -45,6 +45,8 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
             else:
                 yield from _passed(choice)
             told = choice.passed
+            if not choice.wider and not choice.variant.even:
+                yield f"        its tails are masked: {_ragged(plan.problem, choice)}"
         if choices[0].variant.dilation is None and (spec := _pattern(plan.problem, branches[0])):
             yield f"  no text of its own: in a checkout, `python -m codegen --add {spec}` renders one"
     if plan.launches:
@@ -95,6 +97,11 @@ def _branch(problem: Problem, choice: Choice) -> str:
         acting = acting_order(problem, choice.branch)
         order = f", order {acting}" + (" (it changes nothing here)" if acting == "none" else "")
     return f"branch {choice.branch}, {segment}, dilation {dilation}, {problem.rows(choice.branch)} rows{order}"
+
+
+def _ragged(problem: Problem, choice: Choice) -> str:
+    why = why_ragged(problem, choice.branch, choice.op, choice.config, choice.variant.one_tile)
+    return why or "no even text of this pattern is rendered"
 
 
 def _passed(choice: Choice) -> Iterator[str]:

@@ -205,18 +205,28 @@ def _one_tile(problem: Problem, branch: int, op: str, config: LaunchConfig) -> b
 
 
 def _even(problem: Problem, branch: int, op: str, config: LaunchConfig, one_tile: bool) -> bool:
-    """Segments fill the sequence, kept rows fill the segments, tiles fill the rows; no segment is asked in part."""
+    return why_ragged(problem, branch, op, config, one_tile) is None
+
+
+def why_ragged(problem: Problem, branch: int, op: str, config: LaunchConfig, one_tile: bool) -> str | None:
+    """What is not whole; None where segments fill the sequence, kept rows the segments and tiles the rows."""
     segment, dilation = problem.segment(branch), problem.branches[branch][1]
     keys, queries = problem.rows(branch), query_rows(problem, branch)
-    if problem.length % segment or segment % dilation or not _asks_whole_segments(problem, branch):
-        return False
+    if problem.length % segment:
+        return f"N {problem.length} is no multiple of segments of {segment}"
+    if segment % dilation:
+        return f"segments of {segment} are no multiple of dilation {dilation}"
+    if not _asks_whole_segments(problem, branch):
+        return "a part of a segment is asked"
     if problem.head_offset == "table":
-        return False  # a head may be absent, and its tiles are all tail
+        return "a table of offsets may keep heads out, whose tiles are all tail"
     if one_tile and op in BY_KEYS and dilation > 1 and problem.heads != problem.kv_heads:
-        return False  # heads of a group that keep other steps are masked like a tail
-    if one_tile and (keys != config.block_n or (op in BY_KEYS and queries != config.block_m)):
-        return False
-    return keys % config.block_n == 0 and queries % config.block_m == 0
+        return "heads of a group that keep other steps are masked like a tail"
+    whole = keys % config.block_n == 0 and queries % config.block_m == 0
+    held = keys == config.block_n and (op not in BY_KEYS or queries == config.block_m)
+    if not whole or (one_tile and not held):
+        return f"tiles of {config.block_m} by {config.block_n} do not fill {queries} by {keys} rows"
+    return None
 
 
 def _asks_whole_segments(problem: Problem, branch: int) -> bool:
