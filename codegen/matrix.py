@@ -77,9 +77,9 @@ class Pattern:
                 yield self.variant(one_tile=True, even=True), "one tile is a segment"
 
 
-# One line a pattern. The first fields are Pattern's: segment, dilation, order, queries. A branch that holds the sequence
-# of its workload is "full"; on longer sequences it runs the general text, whose segment and rate are compile-time
-# constants as well: what a text of its own adds is that the constants can be read in it.
+# One line a pattern. The first fields are Pattern's: segment, dilation, order, queries. A branch that holds the
+# sequence of its workload is "full"; on longer sequences it runs the general text, whose segment and rate are
+# compile-time constants as well: what a text of its own adds is that the constants can be read in it.
 PATTERNS = [
     Pattern(2048, 1, reason="longnet"),
     Pattern(4096, 2, reason="longnet"),
