@@ -5,6 +5,7 @@ Exit codes: 0 everything holds; 1 a check failed, or something was refused in a 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -351,4 +352,7 @@ class Bar:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())
