@@ -5,6 +5,7 @@ Every call builds its order from nothing; the tables that a process makes once a
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -65,4 +66,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.orders", description=__doc__).parse_args()
     sys.exit(main())
