@@ -146,7 +146,7 @@ def measure(chosen: Sequence[Series], where: torch.device, rounds: int) -> Itera
                 row = _row(one, ranks, group, where, rounds, with_others=ranks == sizes[-1] > 1)
                 alone = row if ranks == 1 else alone
                 if dist.get_rank() == 0:
-                    document["rows"].append(_scaled(row, alone))
+                    document["rows"].append(scaled(row, alone))
             dist.barrier()
         shows = one.grows and sizes[-1] > 1 and where.type == "cuda" and dist.get_rank() < sizes[-1]
         if shows and document["profile"] is None:
@@ -170,17 +170,21 @@ def _row(
 ) -> dict[str, Any]:
     problem = one.at(ranks)
     whole = _inputs(problem, where)
+    before = (
+        torch.cuda.memory_allocated(where) if where.type == "cuda" else 0
+    )  # the whole tensors are no part of a step
     step, q, k, v, dout = _step(problem, whole, group)
     errors = _errors(problem, whole, group) if ranks > 1 else {}
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
     low, median, high = _timed(step, group, where, rounds)
+    peak = _peak(before, group, where)
     others: dict[str, float | str] = {}
     if with_others and not problem.causal:
         others["all-gather"] = _tried(lambda: _all_gathered(problem, (q, k, v), dout, group), group, where, rounds)
         if where.type == "cuda":  # it takes seconds
             others["ring, dense causal"] = _tried(lambda: _ring(whole, group, where), group, where, rounds=1)
-    sizes = scale.Sizes(
-        problem.batch, problem.heads, problem.kv_heads, problem.head_dim, DTYPE_BYTES[problem.dtype], problem.causal
-    )
+    sizes = _sizes(problem)
     shards = [_shards(problem, ranks, rank) for rank in range(ranks)]
     return {
         "series": one.name,
@@ -193,16 +197,32 @@ def _row(
         "flops": scale.flops(sizes, problem.branches, problem.length // ranks, problem.length),
         "errors": errors,
         "others": others,
-        "sent_bytes": 2 * max(scale.bytes_sent(sizes, problem.branches, own) for own in shards),
-        "messages": 2 * max(scale.messages_sent(sizes, problem.branches, own) for own in shards),
+        **travelling(problem, ranks),
+        "peak_bytes": peak,
+        "kept_bytes": max(scale.bytes_kept(sizes, problem.branches, own) for own in shards),
     }
 
 
-def _scaled(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
+def travelling(problem: Problem, ranks: int) -> dict[str, int]:
+    """What a rank sends in a forward and its backward, the most of all ranks."""
+    sizes = _sizes(problem)
+    of_ranks = [
+        scale.sent(sizes, problem.branches, own) + scale.returned(sizes, problem.branches, own)
+        for own in (_shards(problem, ranks, rank) for rank in range(ranks))
+    ]
+    return {"sent_bytes": max(map(sum, of_ranks)), "messages": max(map(len, of_ranks))}
+
+
+def _sizes(problem: Problem) -> scale.Sizes:
+    element = DTYPE_BYTES[problem.dtype]
+    return scale.Sizes(problem.batch, problem.heads, problem.kv_heads, problem.head_dim, element, problem.causal)
+
+
+def scaled(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     """A row beside the time in which one GPU does as much work."""
     expected = alone["seconds"] * row["flops"] / alone["flops"]
-    travelling = row["sent_bytes"] / scale.LINKS["NVLink"] + row["messages"] * scale.MESSAGE_S
-    return row | {"efficiency": expected / row["seconds"], "model_seconds": expected + travelling}
+    links = row["sent_bytes"] / scale.LINKS["NVLink"] + row["messages"] * scale.MESSAGE_S
+    return row | {"efficiency": expected / row["seconds"], "model_seconds": expected + links}
 
 
 def _shards(problem: Problem, ranks: int, rank: int) -> Shards:
@@ -269,6 +289,15 @@ def _timed(step: Step, group: dist.ProcessGroup, where: torch.device, rounds: in
         dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
         taken.append(seconds.item())
     return min(taken), statistics.median(taken), max(taken)
+
+
+def _peak(before: int, group: dist.ProcessGroup, where: torch.device) -> int | None:
+    """Bytes at the peak since the last reset, less those of before, the most of all ranks; None on CPUs."""
+    if where.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(where) - before)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    return int(peak.item())
 
 
 def _synchronize(where: torch.device) -> None:

@@ -10,13 +10,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.config import cdiv, head_offsets
-from dilated_attention_pytorch.distributed.layout import Shards
+from dilated_attention_pytorch.distributed.layout import Owner, Shards
 
 PAGE = Path(__file__).resolve().parent / "scale.md"
 RESULTS = PAGE.parents[1] / "benchmarks" / "results"
@@ -39,7 +39,7 @@ class Sizes:
     Attributes:
         batch, heads, kv_heads, head_dim: B, H, G, D.
         element: Bytes of a number.
-        causal: Keys of later tokens are dropped.
+        causal: Keys of later tokens are dropped, and tokens lie in the sequence of steps.
         mask: There is a key padding mask.
     """
 
@@ -64,28 +64,35 @@ def rows_of(sizes: Sizes, rate: int, start: int, first: int, last: int) -> int:
     return sum(max(cdiv(step - start - s, rate), 0) * sign for step, sign in ((last, 1), (first, -1)) for _, s in kinds)
 
 
-def bytes_sent(sizes: Sizes, branches: Branches, shards: Shards) -> int:
-    """What a rank sends in a forward: its kept rows of each segment that crosses ranks, to all that ask them."""
-    sent = 0
+def sent(sizes: Sizes, branches: Branches, shards: Shards) -> list[int]:
+    """Bytes of each message of a rank's forward: its kept rows of a segment that crosses ranks, to who asks them."""
+    found = []
+    for rate, start, own, others in _crossed(branches, shards):
+        rows = rows_of(sizes, rate, start, own.first, own.last)
+        receivers = sum(not sizes.causal or other.rank > own.rank for other in others)
+        found += receivers * [rows * sizes.row_bytes, *[rows * sizes.batch] * sizes.mask]
+    return [message for message in found if message]
+
+
+def returned(sizes: Sizes, branches: Branches, shards: Shards) -> list[int]:
+    """Bytes of each message of its backward: gradients of the rows that it was sent, to the ranks that hold them."""
+    found = [
+        rows_of(sizes, rate, start, other.first, other.last) * sizes.row_bytes
+        for rate, start, own, others in _crossed(branches, shards)
+        for other in others
+        if not sizes.causal or other.rank < own.rank
+    ]
+    return [message for message in found if message]
+
+
+def _crossed(branches: Branches, shards: Shards) -> Iterator[tuple[int, int, Owner, list[Owner]]]:
+    """Of each segment that a rank holds in part: rate, first step, what it holds, and what others hold."""
     for width, rate in branches:
         width = shards.width(width)
         for start in shards.crossing(width):
             owners = shards.owners(start, min(start + width, shards.length))
             own = next(owner for owner in owners if owner.rank == shards.rank)
-            others = sum(o.rank > own.rank if sizes.causal else o.rank != own.rank for o in owners)
-            row = sizes.row_bytes + sizes.batch * sizes.mask
-            sent += rows_of(sizes, rate, start, own.first, own.last) * others * row
-    return sent
-
-
-def messages_sent(sizes: Sizes, branches: Branches, shards: Shards) -> int:
-    """To how many ranks a rank sends in a forward, branches counted apart."""
-    widths = [shards.width(width) for width, _ in branches]
-    return sum(
-        len(shards.owners(start, min(start + width, shards.length))) - 1
-        for width in widths
-        for start in shards.crossing(width)
-    )
+            yield rate, start, own, [owner for owner in owners if owner is not own]
 
 
 def flops(sizes: Sizes, branches: Branches, steps: int, length: int) -> float:
@@ -140,11 +147,16 @@ def road() -> str:
         shards = Shards(tuple(range(0, length + 1, steps)), rank=ranks // 2)
         crossing = sum(shards.width(width) > steps for width, _ in branches)
         compute = flops(LONGNET, branches, steps, length) / rate()
-        sent, messages = (2 * count(LONGNET, branches, shards) for count in (bytes_sent, messages_sent))
-        times = [sent / speed + messages * MESSAGE_S for speed in LINKS.values()]
+        travels = sent(LONGNET, branches, shards) + returned(LONGNET, branches, shards)
+        times = [sum(travels) / speed + len(travels) * MESSAGE_S for speed in LINKS.values()]
         kept = bytes_kept(LONGNET, branches, shards) / 2**30
         counts = (f"{length:,}", ranks, len(branches), crossing)
-        cells = (f"{1e3 * compute:.1f} ms", f"{sent / 1e6:.0f}", messages, *(f"{1e3 * time:.1f} ms" for time in times))
+        cells = (
+            f"{1e3 * compute:.1f} ms",
+            f"{sum(travels) / 1e6:.0f}",
+            len(travels),
+            *(f"{1e3 * time:.1f} ms" for time in times),
+        )
         lines.append(_line(*counts, *cells, f"{kept:.1f}"))
     return "\n".join(lines)
 
@@ -163,10 +175,13 @@ def render(document: dict[str, Any], file: str) -> str:
     head = f"""\
 **{document["ranks"]} × {found.get("gpu", found["cpu"])}**, torch {found["torch"]}, triton {found["triton"]},
 `{document["command"]}` ([result](../benchmarks/results/{file})). Forward and backward in milliseconds: the slowest
-rank, medians of {document["rounds"]}. Efficiency is the time in which one GPU does as much work as each of these, over
-this one. The model takes that time and adds what travels, none of it hidden.
+rank, medians of {document["rounds"]}; torch's ring is timed once. Efficiency is the time in which one GPU does as much
+work as each of these, over this one. The model takes that time and adds what travels, none of it hidden. MB sent are
+counted, forward and backward, of the rank that sends most.
 """
-    columns = ("series", "tokens", "GPUs", "ms", "efficiency", "model ms", "MB sent a GPU", "others, ms")
+    columns = ["series", "tokens", "GPUs", "ms", "efficiency", "model ms", "MB sent a GPU", "others, ms"]
+    if with_memory := any(row.get("peak_bytes") for row in document["rows"]):  # results of before have none
+        columns.append("peak GiB (model)")
     lines = [head, _line(*columns), _line(*("---" for _ in columns))]
     for row in document["rows"]:
         others = ", ".join(
@@ -174,9 +189,10 @@ this one. The model takes that time and adds what travels, none of it hidden.
             for name, value in row["others"].items()
         )
         times = f"{1e3 * row['seconds']:.2f}", f"{row['efficiency']:.2f}", f"{1e3 * row['model_seconds']:.2f}"
-        lines.append(
-            _line(row["series"], f"{row['tokens']:,}", row["ranks"], *times, f"{row['sent_bytes'] / 1e6:.1f}", others)
-        )
+        cells = [row["series"], f"{row['tokens']:,}", row["ranks"], *times, f"{row['sent_bytes'] / 1e6:.1f}", others]
+        if with_memory:
+            cells.append(_memory(row))
+        lines.append(_line(*cells))
     lines.append(
         f"\nThe ranks' agreement at the beginning of each call takes the host {1e6 * document['agreement_s']:.0f} µs."
     )
@@ -187,6 +203,13 @@ this one. The model takes that time and adds what travels, none of it hidden.
             "beside its kernels."
         )
     return "\n".join(lines)
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """What a step takes at its peak, beside what `bytes_kept` says of it."""
+    if not row.get("peak_bytes"):
+        return ""
+    return f"{row['peak_bytes'] / 2**30:.2f} ({row['kept_bytes'] / 2**30:.2f})"
 
 
 def _line(*cells: object) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 import dilated_attention_pytorch as dap
 from benchmarks import scale_out
 from dilated_attention_pytorch.config import Problem
-from dilated_attention_pytorch.distributed import agreement, dilated_attention, shard, unshard
-from dilated_attention_pytorch.errors import LostRankError
+from dilated_attention_pytorch.distributed import agreement, dilated_attention, parts, shard, unshard
+from dilated_attention_pytorch.errors import DatabaseMiss, LostRankError
+from dilated_attention_pytorch.runtime.plan import Plan
 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
@@ -151,8 +153,8 @@ TRAFFIC = (
 )
 
 
-def traffic(group: dist.ProcessGroup) -> list[tuple[int, int]]:
-    """Bytes that this rank sends forward and backward, for each of `TRAFFIC` that it takes part in."""
+def traffic(group: dist.ProcessGroup) -> list[tuple[list[int], list[int]]]:
+    """Bytes of each message that this rank sends forward and backward, for each of `TRAFFIC` that it takes part in."""
     found = []
     for cut in TRAFFIC:
         if len(cut.lengths) != group.size():
@@ -166,7 +168,7 @@ def traffic(group: dist.ProcessGroup) -> list[tuple[int, int]]:
             out = dilated_attention(*own, group=group, **words)
         with counted_bytes() as backward:
             out.sum().backward()
-        found.append((sum(forward), sum(backward)))
+        found.append((sorted(forward), sorted(backward)))
     return found
 
 
@@ -201,6 +203,11 @@ def told(call: Callable[[], object]) -> str:
     return "nothing was raised"
 
 
+def missed(*_: object, **__: object) -> Plan:
+    """A plan where nothing was measured."""
+    raise DatabaseMiss("nothing was measured here")
+
+
 def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
     """What each rank is told where one of them departs; then a call on which all agree."""
     rank = dist.get_rank(group)
@@ -216,6 +223,17 @@ def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
     }
     with dap.options(database=Path(__file__).parents[2] / "tune_db" if odd else None):
         found["database"] = told(lambda: dilated_attention(q, k, v, 8, 1, group=group))
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "x.yaml").touch()
+        with dap.options(database=folder if odd else None):
+            found["stray file"] = told(lambda: dilated_attention(q, k, v, 8, 1, group=group))
+    found["dim"] = told(lambda: unshard(q, None, group, dim=7 if odd else 1))
+    found["no dim"] = told(lambda: unshard(q, None, group, dim="steps" if odd else 1))  # type: ignore[arg-type]
+    found["no tensor"] = told(lambda: unshard(None if odd else q, None, group))  # type: ignore[arg-type]
+    with dap.options(on_miss="error"), mock.patch.object(parts, "plan", missed if odd else parts.plan):
+        found["miss"] = told(lambda: dilated_attention(q, k, v, [8, 30], [1, 2], group=group))
+    with dap.options(on_miss="error"):
+        found["no miss"] = told(lambda: dilated_attention(q, k, v, [8, 30], [1, 2], group=group))
     found["group"] = told(lambda: dilated_attention(q, k, v, 8, 1, group="sp"))
     found["reference"] = told(lambda: dilated_attention(q, k, v, 8, 1, group=group, backend="reference"))
     found["triton"] = told(lambda: dilated_attention(q, k, v, 8, 1, group=group, backend="triton", dropout_p=0.5))
@@ -236,6 +254,7 @@ def groups(group: dist.ProcessGroup) -> dict[str, Any]:
         "mesh": told(lambda: dilated_attention(q, k, v, 20, 3, group=mesh)),
         "word": told(lambda: dilated_attention(q, k, v, 20, 3, group="sp")),
         "lengths": told(lambda: shard(q, group=group, lengths=[1, 2])),
+        "dim": told(lambda: shard(q, group=group, dim=-5)),
     }
 
 
@@ -289,11 +308,11 @@ def autocast(group: dist.ProcessGroup) -> bool:
 
 
 def compiled(group: dist.ProcessGroup) -> float:
-    """Output and gradient of a compiled function around a call, less those of the function itself."""
+    """Output and gradient of a compiled function around both calls, less those of the function itself."""
 
     def block(x: Tensor) -> Tensor:
         y = 2 * x
-        return dilated_attention(y, y, y, [8, 30], [1, 2], group=group).sin()
+        return unshard(dilated_attention(y, y, y, [8, 30], [1, 2], group=group).sin(), None, group).cos()
 
     results = []
     for function in (block, torch.compile(block, backend="aot_eager")):
@@ -302,6 +321,17 @@ def compiled(group: dist.ProcessGroup) -> float:
         (gradient,) = torch.autograd.grad(out.square().sum(), x)
         results.append((out.detach(), gradient))
     return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+def planned_options(group: dist.ProcessGroup) -> tuple[int, int, set[bool | None]]:
+    """How often a call plans, forward and backward, where the backward runs behind `with options`; under which."""
+    with mock.patch.object(parts, "plan", side_effect=parts.plan) as planned:
+        with dap.options(deterministic=True):
+            out = dilated_attention(*qkv(), [8, 30], [1, 2], group=group)
+        forward = planned.call_count
+        out.sum().backward()
+    seen = {call.args[3].deterministic for call in planned.call_args_list}
+    return forward, planned.call_count - forward, seen
 
 
 class Block(nn.Module):
@@ -405,6 +435,7 @@ SCENES: dict[str, tuple[int, Scene]] = {
     "elsewhere": (2, elsewhere),
     "autocast": (2, autocast),
     "compiled": (2, compiled),
+    "planned options": (2, planned_options),
     "two dimensions": (4, two_dimensions),
     "gathered whole": (2, gathered_whole),
     "scaled out": (4, scaled_out),

@@ -58,6 +58,14 @@ def test_compiled_code_around_a_call_stays_right(outcomes: Outcomes) -> None:
     assert max(outcomes("compiled")) < 1e-12
 
 
+def test_options_hold_in_the_backward(outcomes: Outcomes) -> None:
+    """A backward behind `with options`, or in autograd's own thread, that plans under the defaults."""
+    for forward, backward, deterministic in outcomes("planned options"):
+        assert forward > 0
+        assert backward > 0
+        assert deterministic == {True}
+
+
 def test_a_model_in_two_dimensions_trains_as_on_one_device(outcomes: Outcomes) -> None:
     """Weights whose gradient misses what other ranks' tokens made of this rank's keys, under DDP and FSDP2."""
     one = model()
@@ -75,6 +83,7 @@ def test_groups_are_said_in_several_ways(outcomes: Outcomes) -> None:
         assert "write (mesh, name)" in told["mesh"]
         assert "got 'sp'" in told["word"]
         assert "add up to 12" in told["lengths"]
+        assert "dim must be one of x's 4 dimensions, got -5" in told["dim"]
 
 
 def test_ranks_agree_through_a_group_of_cpus(outcomes: Outcomes) -> None:

@@ -14,6 +14,11 @@ SAID = {
     "order": "but order is TokenOrder.from_permutation(<24 tokens>) with digest",
     "calls": "the call is dilated_attention on rank 0; unshard on rank 1",
     "database": "the database digest is",
+    "stray file": "rank 1 refuses its arguments",
+    "dim": "rank 1 refuses its arguments: dim must be one of x's 4 dimensions, got 7",
+    "no dim": "rank 1 refuses its arguments: dim must be an integer, got 'steps'",
+    "no tensor": "rank 1 refuses its arguments: x must be a tensor, got NoneType",
+    "miss": "rank 1 refuses its arguments: nothing was measured here",
     "reference": "refuses its arguments: across ranks backend must be",
     "triton": "the triton backend refuses across ranks: dropout goes by",
 }
@@ -25,6 +30,17 @@ def test_ranks_that_differ_are_told_so(fault: str, outcomes: Outcomes) -> None:
     first, *others = (told[fault] for told in outcomes("disagreements"))
     assert SAID[fault] in first
     assert others == [first]
+
+
+def test_a_stray_file_on_one_rank_is_named(outcomes: Outcomes) -> None:
+    """A broken database that only its own rank hears of."""
+    for told in outcomes("disagreements"):
+        assert "x.yaml:1: no lookup would find this file" in told["stray file"]
+
+
+def test_plans_that_suit_all_ranks_are_no_fault(outcomes: Outcomes) -> None:
+    """A call under on_miss="error" that is refused, or waits, though nothing is missing."""
+    assert {told["no miss"] for told in outcomes("disagreements")} == {"nothing was raised"}
 
 
 def test_a_disagreement_ends_one_call(outcomes: Outcomes) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import scale_out
 from dilated_attention_pytorch.distributed.layout import Shards
 from docs import scale
 
@@ -16,11 +21,12 @@ from .ranks import TRAFFIC, Cut
 BYTES = {"fp32": 4, "bf16": 2}
 
 
-def by_hand(cut: Cut, rank: int) -> tuple[int, int]:
-    """Bytes that a rank has to send forward and backward: each kept row of each (key head, offset), by step."""
+def by_hand(cut: Cut, rank: int) -> tuple[list[int], list[int]]:
+    """Bytes of each message of a rank, forward and backward: each kept row of each (key head, offset), by step."""
     case = cut.case
     owner = torch.arange(len(cut.lengths)).repeat_interleave(torch.tensor(cut.lengths)).tolist()
-    forward = backward = 0
+    sent: Counter[tuple[int, ...]] = Counter()
+    returned: Counter[tuple[int, ...]] = Counter()
     for branch, (width, rate) in enumerate(case.branches):
         kept = {(head * case.kv_heads // case.H, case.offsets[branch][head]) for head in range(case.H)}
         width = min(width, case.N)
@@ -31,15 +37,18 @@ def by_hand(cut: Cut, rank: int) -> tuple[int, int]:
                 asking = {other for other in asking if other > owner[step]}
             rows = sum(step % width % rate == offset for _, offset in kept)
             row_bytes = 2 * case.B * case.D * BYTES[case.dtype]
-            if owner[step] == rank:
-                forward += rows * len(asking) * (row_bytes + case.B * case.mask)
-            backward += rows * row_bytes * (rank in asking)
+            for other in asking if owner[step] == rank else ():
+                sent[branch, segment.start, other, 0] += rows * row_bytes
+                sent[branch, segment.start, other, 1] += rows * case.B * case.mask  # a message of its own
+            if rank in asking:
+                returned[branch, segment.start, owner[step]] += rows * row_bytes
+    forward, backward = (sorted(size for size in messages.values() if size) for messages in (sent, returned))
     return forward, backward
 
 
 @pytest.mark.parametrize("cut", TRAFFIC, ids=lambda cut: cut.id)
 def test_only_kept_rows_of_crossing_segments_travel(cut: Cut, outcomes: Outcomes) -> None:
-    """Whole tensors sent, rows sent to ranks that do not ask them, or padding."""
+    """Whole tensors sent, rows sent to ranks that do not ask them, padding, or a message without bytes."""
     ranks = len(cut.lengths)
     place = [other for other in TRAFFIC if len(other.lengths) == ranks].index(cut)
     counted = [found[place] for found in outcomes(f"traffic of {ranks}")]
@@ -48,12 +57,16 @@ def test_only_kept_rows_of_crossing_segments_travel(cut: Cut, outcomes: Outcomes
 
 @pytest.mark.parametrize("cut", TRAFFIC, ids=lambda cut: cut.id)
 def test_the_pages_formula_is_what_is_sent(cut: Cut) -> None:
-    """A page that promises less than what travels."""
+    """A page that promises less than what travels, or twice as much where causal rows go one way."""
     case = cut.case
     sizes = scale.Sizes(case.B, case.H, case.kv_heads, case.D, BYTES[case.dtype], case.causal, case.mask)
     for rank in range(len(cut.lengths)):
         shards = Shards((0, *accumulate(cut.lengths)), rank)
-        assert scale.bytes_sent(sizes, case.branches, shards) == by_hand(cut, rank)[0]
+        counted = (
+            sorted(scale.sent(sizes, case.branches, shards)),
+            sorted(scale.returned(sizes, case.branches, shards)),
+        )
+        assert counted == by_hand(cut, rank)
 
 
 def test_the_short_form_holds_where_everything_divides() -> None:
@@ -64,7 +77,7 @@ def test_the_short_form_holds_where_everything_divides() -> None:
         own = length // 64
         branches = ((own // 2, 2), (own, 4), (4 * own, 8), (length, 16))
         short = sum(2 * 2 * 2 * 8 * 4 * (width - own) // rate for width, rate in branches if width > own)
-        assert scale.bytes_sent(sizes, branches, shards) == short
+        assert sum(scale.sent(sizes, branches, shards)) == sum(scale.returned(sizes, branches, shards)) == short
 
 
 def test_a_rank_with_whole_segments_sends_nothing() -> None:
@@ -72,5 +85,25 @@ def test_a_rank_with_whole_segments_sends_nothing() -> None:
     for cuts in ((0, 32, 64, 96), (0, 16, 16, 61)):
         for rank in range(3):
             shards = Shards(cuts, rank)
-            assert scale.bytes_sent(scale.Sizes(1, 4, 4, 8, 2), ((16, 1), (8, 2)), shards) == 0
+            sizes, branches = scale.Sizes(1, 4, 4, 8, 2), ((16, 1), (8, 2))
+            assert scale.sent(sizes, branches, shards) == scale.returned(sizes, branches, shards) == []
             assert shards.crossing(16) == []
+
+
+def test_a_committed_result_counts_what_travels() -> None:
+    """A column that was computed by a count which has changed, or times a model that no longer stands beside them."""
+    chosen = {one.name: one for one in scale_out.series(1 << 18, 1 << 16)}
+    for path in scale.RESULTS.glob("scale_out_*.json"):
+        alone: dict[str, Any] = {}
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            alone = row if row["ranks"] == 1 else alone
+            problem = chosen[row["series"]].at(row["ranks"])
+            assert row == scale_out.scaled(row | scale_out.travelling(problem, row["ranks"]), alone)
+
+
+def test_causal_rows_travel_one_way() -> None:
+    """Of two ranks the first sends forward alone and the second backward alone: counted twice, or not at all."""
+    causal = replace(scale_out.series(64, 64)[2].at(2), causal=True)
+    both = scale_out.travelling(replace(causal, causal=False), 2)
+    assert scale_out.travelling(causal, 2) == {name: count // 2 for name, count in both.items()}
+    assert both["messages"] == 2

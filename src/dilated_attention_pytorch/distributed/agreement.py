@@ -72,7 +72,7 @@ def agree(
         DisagreementError: The ranks differ or one of them refuses, with one sentence on all ranks.
         LostRankError: A rank did not come within the group's timeout, or is gone.
     """
-    channel = _channel(group, device)
+    channel = _channel(group)
     mine = torch.tensor([*_words(tuple(facts.items())), length, refusal is not None], device="cpu")
     table = [torch.empty_like(mine) for _ in range(group.size())]
     with waiting(group, "the other ranks' arguments"):
@@ -102,7 +102,7 @@ _CHANNELS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDict
 """For each group, the one that its ranks agree through."""
 
 
-def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+def _channel(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group itself where it takes CPU tensors, else one of gloo with the same ranks, made at the first call."""
     if group in _CHANNELS:
         return _CHANNELS[group]
@@ -110,7 +110,7 @@ def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
     with waiting(group, "the group's first call"):
         if "cpu" not in dist.get_backend_config(group):
             ranks = dist.get_process_group_ranks(group)
-            channel = dist.new_group(ranks, timeout(group, device), "gloo", use_local_synchronization=True)
+            channel = dist.new_group(ranks, timeout(group), "gloo", use_local_synchronization=True)
     _CHANNELS[group] = channel
     return channel
 
@@ -125,9 +125,9 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> None:
         _MET.add(group)
 
 
-def timeout(group: dist.ProcessGroup, device: torch.device) -> Any:
-    """How long the group's collectives wait, as torch was told."""
-    return group._get_backend(device).options._timeout
+def timeout(group: dist.ProcessGroup) -> Any:
+    """How long the group's collectives wait, as torch was told; the tensors of a wrong call may lie anywhere."""
+    return group._get_backend(group._device_types[0]).options._timeout
 
 
 @lru_cache(maxsize=256)

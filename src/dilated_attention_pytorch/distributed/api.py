@@ -19,7 +19,7 @@ from ..runtime.arguments import Call, cast_like_autocast, resolve, without_exces
 from ..runtime.digest import db_digest
 from ..runtime.dropout import Dropout
 from .agreement import Group, agree, as_group, waiting
-from .function import ShardedAttention
+from .function import ShardedAttention, plan_parts
 from .layout import Shards
 from .parts import Share
 from .sequence import identity
@@ -118,8 +118,8 @@ def dilated_attention(
         out (B, n, H, D) of this rank's steps; with `return_lse` also lse (B, H, n).
 
     Raises:
-        DisagreementError: The ranks do not make the same call, or one of them refuses its arguments: the same message
-            on all of them.
+        DisagreementError: The ranks do not make the same call, or one of them refuses its arguments or what they come
+            to on it: the same message on all of them.
         LostRankError: A rank did not come within the group's timeout, or has ended.
         ArgumentError, ArgumentTypeError: `group` is none.
     """
@@ -152,18 +152,20 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     group = as_group(ranks)
     q, k, v = cast_like_autocast(q, k, v)
+    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))
+    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
     call, token_order, refusal = None, None, None
+    facts: dict[str, str] = {}
     try:
         token_order = as_order(order)
         call = _checked(q, k, v, segment_lengths, dilation_rates, backend, words)
-    except DilatedAttentionError as error:
+        facts = _facts(call, token_order, backend, backward, device)
+    except (DilatedAttentionError, OSError) as error:  # OSError: a database that cannot be read
         refusal = error
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))
-    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    facts = {} if call is None else _facts(call, token_order, backend, backward, device)
-    shards = Shards.of(agree(group, device, facts, 0 if call is None else q.shape[1], refusal), group.rank())
+    shards = Shards.of(agree(group, device, facts, q.shape[1] if refusal is None else 0, refusal), group.rank())
     assert call is not None, "a refusal is every rank's error"
     share = _share(call, shards, token_order, backend, backward, q.device, group)
+    _agree_on_plans(share, shards, q.device, group)
     out, lse = ShardedAttention.apply(q, k, v, share, shards, group)  # type: ignore[no-untyped-call]
     return out, lse
 
@@ -259,10 +261,23 @@ def _share(
         dropout,
         backend,
         backward,
+        option_values.current(),
     )
     if backend == "triton":
         _refuse_products(share, shards)
     return share
+
+
+def _agree_on_plans(share: Share, shards: Shards, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Where a part may be refused for its own sizes, plan all parts before rows travel: others have other parts."""
+    if share.backend != "triton" and share.options.on_miss != "error" and not share.options.config:
+        return  # the same on all ranks: these are facts of the call
+    refusal = None
+    try:
+        plan_parts(share, shards, device)
+    except DilatedAttentionError as error:
+        refusal = error
+    agree(group, device, {"the call": "the plans of dilated_attention"}, 0, refusal)
 
 
 def _refuse_products(share: Share, shards: Shards) -> None:

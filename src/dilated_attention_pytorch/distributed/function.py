@@ -77,6 +77,19 @@ class ShardedAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+def plan_parts(share: Share, shards: Shards, device: torch.device) -> None:
+    """Plan what this rank would compute.
+
+    Raises:
+        DilatedAttentionError: A plan refuses.
+    """
+    for _ in _spans(share, shards, device):
+        pass
+    for run, indices in _laid(share, shards, device):
+        for _ in _pieces(share, run, indices):
+            pass
+
+
 def _laid(share: Share, shards: Shards, device: torch.device) -> list[tuple[Run, Rows]]:
     """The runs of this rank with their index tensors."""
     found = []

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import device as devices
 from ..config import Problem
-from ..runtime import options as option_values
 from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
+from ..runtime.options import Options
 from ..runtime.plan import Plan, plan
 from .engines import Gradients, Planned, Products
 from .layout import Piece
@@ -37,6 +37,7 @@ class Share:
         dropout: With the seed of all ranks, or None.
         backend: As the caller said.
         backward: Gradients will be asked for.
+        options: Those in force at the call; the backward may run in another thread, and behind their `with`.
     """
 
     problem: Problem
@@ -48,6 +49,7 @@ class Share:
     dropout: Dropout | None
     backend: str | None
     backward: bool
+    options: Options
 
     @property
     def in_place(self) -> bool:
@@ -66,12 +68,11 @@ class Share:
 
     def plan(self, problem: Problem, device: torch.device) -> Plan:
         """What runs a part."""
-        options = option_values.current()
-        chosen = plan(problem, devices.current(device), self.backend, options, backward=self.backward)
-        if options.miss_log is not None:
+        chosen = plan(problem, devices.current(device), self.backend, self.options, backward=self.backward)
+        if self.options.miss_log is not None:
             from ..runtime.misses import note
 
-            note(options.miss_log, chosen, backward=self.backward)
+            note(self.options.miss_log, chosen, backward=self.backward)
         return chosen
 
     def tokens_at(self, steps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ArgumentError, DilatedAttentionError
+from ..errors import ArgumentError, ArgumentTypeError, DilatedAttentionError
 from ..order import TokenOrder, as_order
 from .agreement import Group, agree, as_group, waiting
 from .layout import Shards
@@ -42,9 +42,10 @@ def shard(
         x's tokens at this rank's steps, a tensor of its own.
 
     Raises:
-        ArgumentError, OrderError: `lengths` or the order does not fit the sequence.
+        ArgumentError, ArgumentTypeError, OrderError: x is no tensor, or `dim`, `lengths` or the order does not fit it.
     """
     ranks = as_group(group)
+    dim = _dim(x, dim)
     length, size = x.shape[dim], ranks.size()
     if lengths is None:
         lengths = [length // size + (rank < length % size) for rank in range(size)]
@@ -73,31 +74,55 @@ def unshard(x: Tensor, order: str | TokenOrder | Tensor | None = None, group: Gr
 
     Raises:
         OrderError: The order does not fit the sequence.
-        DisagreementError: The ranks' tensors differ in more than their steps.
+        DisagreementError: The ranks' tensors differ in more than their steps, or a rank refuses its arguments.
         LostRankError: A rank is gone.
     """
+    # As `dilated_attention`, it stays out of torch.compile's graphs.
+    collect = torch.compiler.disable(_unshard) if torch.compiler.is_compiling() else _unshard  # type: ignore[no-untyped-call]
+    whole: Tensor = collect(x, order, group, dim)
+    return whole
+
+
+def _unshard(x: Tensor, order: str | TokenOrder | Tensor | None, group: Group, dim: int) -> Tensor:
     ranks = as_group(group)
-    dim = range(x.ndim)[dim]
-    token_order, refusal = None, None
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    token_order, refusal, length = None, None, 0
+    facts: dict[str, str] = {}
     try:
+        dim = _dim(x, dim)
+        length = x.shape[dim]
         token_order = as_order(order)
+        facts = {
+            "the call": "unshard",
+            "the shape beside steps": str([size for place, size in enumerate(x.shape) if place != dim]),
+            "the kind of device": device.type,
+            "dtype": str(x.dtype),
+            "dim": str(dim),
+            "order": identity(token_order),
+            "whether gradients are recorded": str(torch.is_grad_enabled() and x.requires_grad),
+        }
     except DilatedAttentionError as error:
         refusal = error
-    rest = [size for place, size in enumerate(x.shape) if place != dim]
-    facts = {
-        "the call": "unshard",
-        "the shape beside steps": str(rest),
-        "the kind of device": x.device.type,
-        "dtype": str(x.dtype),
-        "dim": str(dim),
-        "order": identity(token_order),
-        "whether gradients are recorded": str(torch.is_grad_enabled() and x.requires_grad),
-    }
-    shards = Shards.of(agree(ranks, x.device, facts, x.shape[dim], refusal), ranks.rank())
+    shards = Shards.of(agree(ranks, device, facts, length, refusal), ranks.rank())
     steps: Tensor = _Gather.apply(x.movedim(dim, 0), shards, ranks).movedim(0, dim)  # type: ignore[no-untyped-call]
     if token_order is None:
         return steps
     return steps.index_select(dim, token_order.inverse(shards.length).to(x.device))
+
+
+def _dim(x: Tensor, dim: int) -> int:
+    """The dimension of steps, counted from the first one.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: x has no such dimension, or is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not isinstance(dim, int):
+        raise ArgumentTypeError(f"dim must be an integer, got {dim!r}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ArgumentError(f"dim must be one of x's {x.ndim} dimensions, got {dim}")
+    return dim % x.ndim
 
 
 class _Gather(torch.autograd.Function):
