@@ -6,7 +6,9 @@ that. Processes import this module, so it holds no test.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -249,6 +251,10 @@ def groups(group: dist.ProcessGroup) -> dict[str, Any]:
         outs = [
             dilated_attention(q, k, v, 20, 3, group=way) for way in (mesh["sp"], (mesh, "sp"), mesh.get_group("sp"))
         ]
+    attention = dap.DilatedAttention([20], [3], group=(mesh, "sp"))
+    copies = copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))
+    with torch.no_grad():
+        outs += [copied(q, k, v) for copied in copies]
     return {
         "same": all(torch.equal(out, outs[0]) for out in outs),
         "mesh": told(lambda: dilated_attention(q, k, v, 20, 3, group=mesh)),

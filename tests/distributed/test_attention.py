@@ -77,7 +77,7 @@ def test_a_model_in_two_dimensions_trains_as_on_one_device(outcomes: Outcomes) -
 
 
 def test_groups_are_said_in_several_ways(outcomes: Outcomes) -> None:
-    """A mesh of two dimensions taken for one, or a word for a group."""
+    """A mesh of two dimensions taken for one, a word for a group, or a module that cannot be copied with its mesh."""
     for told in outcomes("groups"):
         assert told["same"]
         assert "write (mesh, name)" in told["mesh"]
