@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -313,20 +314,21 @@ def autocast(group: dist.ProcessGroup) -> bool:
     return out.dtype == torch.bfloat16 and torch.equal(out, cast)
 
 
-def compiled(group: dist.ProcessGroup) -> float:
-    """Output and gradient of a compiled function around both calls, less those of the function itself."""
+def compiled(group: dist.ProcessGroup) -> tuple[float, int]:
+    """Output and gradient of a compiled function around both calls, less the function's own; operations in graphs."""
 
     def block(x: Tensor) -> Tensor:
         y = 2 * x
         return unshard(dilated_attention(y, y, y, [8, 30], [1, 2], group=group).sin(), None, group).cos()
 
+    counter = CompileCounterWithBackend("aot_eager")
     results = []
-    for function in (block, torch.compile(block, backend="aot_eager")):
+    for function in (block, torch.compile(block, backend=counter)):
         x = qkv()[0].detach().requires_grad_()
         out = function(x)
         (gradient,) = torch.autograd.grad(out.square().sum(), x)
         results.append((out.detach(), gradient))
-    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True)), counter.op_count
 
 
 def planned_options(group: dist.ProcessGroup) -> tuple[int, int, set[bool | None]]:

@@ -54,8 +54,10 @@ def test_defaults_of_the_caller_do_not_matter(outcomes: Outcomes) -> None:
 
 
 def test_compiled_code_around_a_call_stays_right(outcomes: Outcomes) -> None:
-    """A graph that holds the shapes of the first call's messages."""
-    assert max(outcomes("compiled")) < 1e-12
+    """A graph that holds the messages of a call, in the shapes of the first one."""
+    for difference, operations in outcomes("compiled"):
+        assert difference < 1e-12
+        assert operations == 3  # the factor, sin and cos
 
 
 def test_options_hold_in_the_backward(outcomes: Outcomes) -> None:
