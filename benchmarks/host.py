@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.environment import environment
 from benchmarks.timing import summary
 from dilated_attention_pytorch import device
 from dilated_attention_pytorch.config import Problem
+from dilated_attention_pytorch.runtime.plan import plan
 from dilated_attention_pytorch.tuning.screen import DTYPES
 from dilated_attention_pytorch.workloads import WORKLOADS
 
@@ -65,11 +67,13 @@ def main() -> int:
         "what": f"microseconds of the host a call: the median of {SERIES} series of {CALLS}, and its 95 % interval",
         "command": " ".join(["python -m benchmarks.host", *sys.argv[1:]]),
         "environment": environment(),
+        "warm lookup": {name: lookup(problem) for name, problem in cases().items()},
         "rows": rows,
     }
     path = arguments.output or RESULTS / f"host_{gpu.name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     show(rows)
+    print("a warm lookup:", ", ".join(f"{name} {us:.2f} us" for name, us in document["warm lookup"].items()))
     return 0
 
 
@@ -134,6 +138,13 @@ def series(call: Callable[[], object]) -> float:
     taken = 1e6 * (time.perf_counter() - start) / CALLS
     torch.cuda.synchronize()
     return taken
+
+
+def lookup(problem: Problem) -> float:
+    """Microseconds in which a plan that was made before is found: the least mean of a series."""
+    gpu, calls = device.current(), 20 * CALLS
+    plan(problem, gpu)
+    return 1e6 * min(timeit.repeat(lambda: plan(problem, gpu), number=calls, repeat=SERIES)) / calls
 
 
 def show(rows: list[dict[str, object]]) -> None:
