@@ -29,3 +29,6 @@ DENSE_FACTOR = 2.0
 
 DOUT_FLOOR = 1e-6
 """No gradient, where it cancels to almost nothing, is held to less than this share of ‖dout‖."""
+
+LSE_FLOOR = dict.fromkeys(TOLERANCES, 2.0**-23) | {"fp64": 2.0**-52}
+"""No lse near 0, the logarithm of a number near 1, is held to less than the rounding of that number."""
