@@ -141,7 +141,10 @@ def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
                         reasons_of[replace(variant, ring=True)] = f"{reason}; {RING}"
     for queries, even in itertools.product(QUERIES, (False, True)):
         reason = "any other segment, one tile is one" if even else "any other segment that one tile holds"
-        reasons_of[Variant(None, None, queries=queries, one_tile=True, even=even)] = reason
+        variant = Variant(None, None, queries=queries, one_tile=True, even=even)
+        reasons_of[variant] = reason
+        if variant.ringable:
+            reasons_of[replace(variant, ring=True)] = f"any segment, one tile is one; {RING}"
     return dict(sorted(reasons_of.items(), key=lambda item: _reading_order(item[0])))
 
 

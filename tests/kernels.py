@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dilated_attention_pytorch as dap
 from dilated_attention_pytorch import generated, heuristics
-from dilated_attention_pytorch.config import OPS, LaunchConfig, next_power_of_two
+from dilated_attention_pytorch.config import BACKWARD, OPS, LaunchConfig, next_power_of_two
 from dilated_attention_pytorch.device import current
 from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
@@ -100,7 +100,7 @@ def pattern_case(
 ) -> Case:
     """A call whose one launch runs this variant: whole segments for an even text, else a short last one."""
     branches = variant.levels
-    even_rows = 256 if variant.ring else 64
+    even_rows = 64 if not variant.ring else 128 if variant.one_tile else 256
     free_segment, free_rate = _unrendered(variant, even_rows)
     rate = variant.dilation or free_rate
     if variant.ring:  # of what its tensor cores take, and a mask not at all
@@ -120,7 +120,7 @@ def pattern_case(
         N=length,
         branches=branches or ((segment, rate),),
         H=heads,
-        G=heads if (variant.one_tile and variant.even) or (variant.ring and rate > 1) else heads // 2,
+        G=heads if variant.one_tile and variant.even else heads // 2,
         D=D,
         queries=variant.queries,
         head_offset="zero" if variant.queries == "all" else "cyclic",
@@ -142,8 +142,15 @@ def _unrendered(variant: Variant, even_rows: int) -> tuple[int | str, int]:
     return next(pair for pair in pairs if pair not in special)
 
 
+def ops_of(variant: Variant) -> tuple[str, ...]:
+    """What a text computes: a ring of one tile has no text for but one launch."""
+    return (BACKWARD,) if variant.ring and variant.one_tile else OPS
+
+
 def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     """Tiles with which the plan comes to the variant; None where any do."""
+    if variant.ring and variant.one_tile:
+        return {BACKWARD: LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring")}
     if variant.ring:
         produced = LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer")
         return dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")) | {"fwd": produced}

@@ -24,7 +24,7 @@ from dilated_attention_pytorch.tuning import ledger
 from dilated_attention_pytorch.tuning.ledger import Row
 from dilated_attention_pytorch.variant import Variant
 
-from .kernels import pattern_case, pattern_config
+from .kernels import ops_of, pattern_case, pattern_config
 from .measurements import PROBLEM, entry
 
 PARTS = 8
@@ -142,7 +142,7 @@ def test_the_call_that_is_proven_runs_the_text_that_was_measured(name: str) -> N
     variant = Variant.from_name(name)
     case = pattern_case(variant, heads=4, dtype="bf16")
     measured = case.problem if variant.order != "snake" else replace(case.problem, order="snake", row_width=37)
-    for op in OPS:
+    for op in ops_of(variant):
         tiles = (pattern_config(variant) or dict.fromkeys(OPS, LaunchConfig(16, 16)))[op]
         branches = tuple(range(len(measured.branches)))
         key = replace(ProblemKey.of(measured, op, *branches), order=variant.order)

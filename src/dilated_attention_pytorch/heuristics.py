@@ -91,6 +91,13 @@ _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
         256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
     },
 }
+# All gradients of segments of so many rows, by head_dim.
+_ALL_GRADIENTS_ON_HOPPER = {
+    (64, 64): LaunchConfig(64, 64, num_warps=4, num_stages=1, maxnreg=168, loads="ring"),
+    (64, 128): LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring"),
+    (128, 64): LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"),
+    (128, 128): LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
+}
 PRODUCED_ROWS = {False: 512, True: 2048}
 """Segments of fewer rows have too few tiles for CTAs that stay: causal ones more, whose tiles take unequal times."""
 RING_HEAD_DIMS = (64, 128)
@@ -205,7 +212,9 @@ def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int,
     if rows > ONE_TILE_ROWS:
         return []
     block_m, block_n = (max(next_power_of_two(side), 16) for side in (queries, keys))
-    return [LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)]
+    in_triton = LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)
+    rings = _ALL_GRADIENTS_ON_HOPPER.get((keys, head_dim)) if takes_rings(arch, head_dim, dtype) else None
+    return [in_triton] if rings is None else [rings, in_triton]
 
 
 def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
@@ -238,6 +247,9 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
     if config.loads in IN_GLUON:
         stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
         tiles = stay * (1 if op == "fwd" else 2) + 2 * loop * config.num_stages
+        if op == BACKWARD:  # four tensors of a segment, dS on its way to dq, and a result on its way out
+            width = (4 * config.num_stages + 1) * head_dim + config.block_m
+            return config.block_n * width * DTYPE_BYTES[dtype] + RING_BARRIERS
         # Beside a producer, out passes from one layout to the other while the next tiles come in.
         out = config.block_m if config.loads == "producer" else 0
         return (tiles + out) * head_dim * DTYPE_BYTES[dtype] + RING_BARRIERS

@@ -57,6 +57,7 @@ class Variant:
         wider: (segment, dilation) of further branches that are computed in the same pass, a chain: each segment length
             and each dilation rate divides the next, the largest rate the smallest segment.
         ring: Written in Gluon for Hopper, beside the even text in Triton: the kernel keeps a ring of tiles of its own.
+            Where one tile holds a segment there is but a launch for all gradients.
     """
 
     segment: int | str | None
@@ -87,9 +88,7 @@ class Variant:
         if self.even and isinstance(self.segment, int) and self.segment % (self.dilation or 1):
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
         if self.ring and not self.ringable:
-            raise ConfigError(
-                "a ring of tiles is for one branch, even, in loops, whose steps are tokens: the kept ones"
-            )
+            raise ConfigError("a ring of tiles is for one branch, even, whose steps are tokens: the kept ones")
         if self.wider:
             self._check_chain()
 
@@ -107,7 +106,7 @@ class Variant:
     @property
     def ringable(self) -> bool:
         """There may be a text beside it, or it is that text, whose kernels keep a ring of tiles of their own."""
-        return self.described and not self.wider and not self.one_tile and self.queries == "dilated"
+        return self.described and not self.wider and self.queries == "dilated"
 
     @property
     def joinable(self) -> bool:

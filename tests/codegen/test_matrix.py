@@ -57,6 +57,7 @@ def test_every_order_and_kind_of_queries_has_its_general_variants() -> None:
     } | {f"general{queries}_one{even}" for queries in ("", "_all") for even in ("", "_even")} | {
         "general_even_ring",
         "full_even_ring",
+        "general_one_even_ring",
     }
 
 

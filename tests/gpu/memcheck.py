@@ -32,6 +32,7 @@ KINDS = (
     "general_even",
     "general_one_even",
     "s4096_d2_even_ring",
+    "general_one_even_ring",
 )
 
 if __name__ == "__main__":

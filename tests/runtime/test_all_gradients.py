@@ -78,7 +78,7 @@ def test_what_was_not_measured_is_not_asked_for(tmp_path: Path) -> None:
         ({"order": "hilbert"}, ["dkdv", "dq"]),
         ({"length": 8765}, ["bwd"]),
         ({"head_offset": "table"}, ["dkdv", "dq"]),
-        ({"branches": ((128, 1),)}, ["dkdv", "dq"]),
+        ({"branches": ((256, 1),)}, ["dkdv", "dq"]),
     ],
     ids=str,
 )

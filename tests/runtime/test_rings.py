@@ -57,7 +57,6 @@ def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int, causal: bool, l
         {"head_offset": "table"},
         {"head_dim": 96},
         {"dtype": "fp32"},
-        {"kv_heads": 2},
         {"query_range": (100, 8192)},
     ],
     ids=lambda change: next(iter(change)),
@@ -69,11 +68,39 @@ def test_what_they_do_not_know_runs_in_triton(tmp_path: Path, change: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("change", "rung"), [({"branches": ((2048, 1),), "kv_heads": 2}, True), ({"causal": True}, True)]
+    "change", [{"branches": ((2048, 1),), "kv_heads": 2}, {"kv_heads": 2}, {"causal": True}], ids=str
 )
-def test_groups_of_heads_and_causality_are_known(tmp_path: Path, change: dict[str, object], rung: bool) -> None:
+def test_groups_of_heads_and_causality_are_known(tmp_path: Path, change: dict[str, object]) -> None:
     """A refusal that is wider than its reason."""
-    assert all(choice.variant.ring == rung for choice in untuned(tmp_path, replace(EVEN, **change)))  # type: ignore[arg-type]
+    assert all(choice.variant.ring for choice in untuned(tmp_path, replace(EVEN, **change)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), [(64, 64), (128, 64), (128, 128)])
+def test_a_tile_that_is_a_segment_gives_all_gradients(tmp_path: Path, rows: int, head_dim: int) -> None:
+    """Two launches that each compute the scores, where one holds all that they need."""
+    problem = replace(EVEN, branches=((2 * rows, 2),), head_dim=head_dim)
+    *_, last = untuned(tmp_path, problem)
+    assert (last.op, last.variant.name, last.config.block_n) == ("bwd", "general_one_even_ring", rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"branches": ((512, 2),)},
+        {"branches": ((192, 2),)},
+        {"kv_heads": 2},
+        {"length": 8190},
+        {"mask": True},
+        {"dropout": True},
+        {"head_offset": "table"},
+        {"queries": "all"},
+    ],
+    ids=str,
+)
+def test_other_segments_have_their_gradients_in_two(tmp_path: Path, change: dict[str, object]) -> None:
+    """Keys that the tile does not hold, or that more heads ask than the launch knows of."""
+    found = untuned(tmp_path, replace(EVEN, **({"branches": ((256, 2),)} | change)))  # type: ignore[arg-type]
+    assert [choice.op for choice in found] == ["fwd", "dkdv", "dq"]
 
 
 @pytest.mark.parametrize(("gpu", "triton"), [("a100", "3.6.0"), ("b200", "3.6.0"), ("h100", "3.10.0"), ("h100", "4.0")])
@@ -94,6 +121,7 @@ def test_a_version_that_is_not_read_is_told(tmp_path: Path) -> None:
         ("fwd", replace(RING, block_m=32), "a warpgroup of a ring takes 64 rows"),
         ("fwd", replace(RING, num_warps=8), "a warpgroup of a ring takes 64 rows"),
         ("dq", replace(RING, num_stages=1), "its ring has two places at least"),
+        ("bwd", RING, "a ring gives all gradients of segments of 64 or 128 rows"),
         ("dkdv", PRODUCER, "a producer loads for two warpgroups of a forward"),
         ("fwd", replace(PRODUCER, block_m=64, num_warps=4), "a producer loads for two warpgroups of a forward"),
     ],

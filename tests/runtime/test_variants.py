@@ -15,6 +15,8 @@ from dilated_attention_pytorch.runtime.variants import acting_order, chain, text
 from dilated_attention_pytorch.variant import Variant
 from dilated_attention_pytorch.workloads import near_square
 
+from ..kernels import ops_of
+
 TEXTS = generated.names()
 SQUARE = LaunchConfig(64, 64)
 
@@ -104,8 +106,8 @@ def test_every_attention_text_can_run(added: list[str]) -> None:
                         queries=variant.queries, row_width=23 * (variant.order == "snake"))  # fmt: skip
         for block_m, block_n in itertools.product((16, 64), (16, 32, 64, 128)):
             reached.add(name(asked, LaunchConfig(block_m, block_n), texts=texts))
-        if variant.ringable:
-            reached.add(name(asked, LaunchConfig(64, 64, loads="ring"), texts=texts))
+        if variant.ring:
+            reached.add(name(asked, LaunchConfig(64, 64, loads="ring"), ops_of(variant)[0], texts=texts))
     assert reached >= texts - {"delta"}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import generated
 from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, Problem, cdiv, next_power_of_two
-from ..heuristics import FLOOR, has_tensor_cores_for_float32
+from ..heuristics import FLOOR, has_tensor_cores_for_float32, shared_bytes
 from . import replay
 from .arguments import HeadOffsets
 from .dropout import Dropout
@@ -285,7 +285,8 @@ def _query_rows(problem: Problem, branch: int, steps: int) -> int:
 def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
     """The kernel of a choice, its arguments by name in order, and the number of programs."""
     produced = choice.config.loads == "producer"
-    name = "dkdv" if choice.op == BACKWARD else f"{choice.op}_producer" if produced else choice.op
+    joint = choice.op == BACKWARD and not choice.variant.ring
+    name = "dkdv" if joint else f"{choice.op}_producer" if produced else choice.op
     kernel = getattr(generated.load(choice.variant.name), name)
     sizes, programs = (_sizes_of_chain if choice.wider else _sizes)(choice, values)
     config = choice.config
@@ -302,10 +303,9 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     if config.loads in IN_GLUON:
         described = _described(kernel, choice, given)
         if not described:
-            return prepared(_by_pointers(choice), values)
+            return prepared(_by_pointers(choice, values), values)
         given |= described | {"STAGES": config.num_stages, "n_programs": programs}
-        if produced:  # its CTAs stay until all is done, one on a multiprocessor
-            programs = min(programs, _multiprocessors(values["p_q"]))
+        programs = min(programs, _staying(choice, values) or programs)
     elif "TMA" in kernel.arg_names and config.loads == "descriptor":
         given |= _described(kernel, choice, given)
     return kernel, _in_order(kernel, given), programs
@@ -331,14 +331,25 @@ def _sizes_of_chain(choice: Choice, values: Mapping[str, Any]) -> tuple[dict[str
     return {"n_tiles": n_tiles, "n_spans": n_spans}, values["p_q"].shape[0] * n_spans * stride * n_tiles * heads
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+def _staying(choice: Choice, values: Mapping[str, Any]) -> int | None:
+    """CTAs of a kernel whose CTAs stay until all is done: as many as the GPU has room for. None of other kernels."""
+    produced, x = choice.config.loads == "producer", values["p_q"]
+    if not (produced or choice.op == BACKWARD):
+        return None
+    if not x.is_cuda:
+        return 1
+    properties = torch.cuda.get_device_properties(x.device)
+    dtype = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    need = shared_bytes(choice.op, values["HEAD_DIM"], dtype, choice.config, "sm_90")
+    on_one = 1 if produced else properties.shared_memory_per_multiprocessor // need
+    return properties.multi_processor_count * max(on_one, 1)
 
 
-def _by_pointers(choice: Choice) -> Choice:
+def _by_pointers(choice: Choice, values: Mapping[str, Any]) -> Choice:
     """The same tiles of the text in Triton, which takes what no descriptor can be made of."""
     config = replace(choice.config, loads="pointer")
-    return replace(choice, variant=replace(choice.variant, ring=False), config=config)
+    one_tile = choice.variant.one_tile and config.block_m == values["query_rows"]
+    return replace(choice, variant=replace(choice.variant, one_tile=one_tile, ring=False), config=config)
 
 
 def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -414,9 +414,9 @@ def _stale(question: _Question, op: str) -> list[_Offer]:
 
 
 def _heuristic(question: _Question, op: str) -> list[_Offer]:
-    if op == BACKWARD:
-        return []  # nobody knows whether it pays before it is measured
     configs = untuned(question.problem, question.branches, op, question.device.arch, question.texts)
+    if op == BACKWARD:  # in Triton nobody knows whether it pays before it is measured
+        configs = [config for config in configs if config.loads in IN_GLUON]
     return [_estimated(question, op, config, f"untuned default for {question.device.arch}") for config in configs]
 
 
@@ -446,7 +446,8 @@ LADDER: dict[str, tuple[Callable[[_Question, str], list[_Offer]], str]] = {
 5. nearest: an entry for a problem close by, on this device or its chip.
 6. arch: an entry for this problem or one close by, on another device of the architecture.
 7. stale: what 2 to 6 have, measured on a kernel text that has changed since.
-8. heuristic: the untuned default.
+8. heuristic: the untuned default. Of a launch for all gradients only where none of the two that it stands in for was
+   measured for this problem.
 9. floor: the smallest tiles.
 10. torch: no launch of ours at all; the torch backend (see `_plan`).
 
@@ -510,15 +511,25 @@ def _merging(launches: Iterable[Choice]) -> tuple[Choice, ...]:
 
 
 def _joint_or_apart(question: _Question, op: str, branches: tuple[int, ...], beaten: list[Choice]) -> list[Choice]:
-    """One launch; or those that it stands in for, where there is no offer of it, or its measurement says that they are
-    faster and it is beaten."""
+    """One launch; or those that it stands in for, where there is no offer of it, its measurement says that they are
+    faster and it is beaten, or some of them were measured and it was not."""
+    parts = stood_in_for(op, branches)
     found = _climb(replace(question, branches=branches), op)
-    if found is not None:
-        choice, times = found
-        if times is None or not times.is_beaten:
-            return [choice]
+    if found is None:
+        return _apart(question, parts, beaten)
+    choice, times = found
+    if times is not None and times.is_beaten:
         beaten.append(choice)
-    return [launch for part in stood_in_for(op, branches) for launch in _joint_or_apart(question, *part, beaten)]
+        return _apart(question, parts, beaten)
+    if op == BACKWARD and choice.rung == "heuristic":
+        launches = _apart(question, parts, beaten)
+        if any(launch.rung in MEASURED for launch in launches):
+            return launches
+    return [choice]
+
+
+def _apart(question: _Question, parts: list[tuple[str, tuple[int, ...]]], beaten: list[Choice]) -> list[Choice]:
+    return [launch for part in parts for launch in _joint_or_apart(question, *part, beaten)]
 
 
 def untuned(
@@ -532,8 +543,9 @@ def untuned(
         return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
     if op == BACKWARD:
-        return heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
-    configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal)
+        configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
+    else:
+        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal)
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 

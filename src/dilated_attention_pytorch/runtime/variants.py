@@ -9,6 +9,8 @@ from dataclasses import replace
 from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, Problem, ProblemKey, head_offsets
 from ..variant import Variant, is_chain
 
+HELD_BY_A_RING = (64, 128)
+"""Rows of a segment whose dk and dv the warpgroups of one CTA hold, 64 each, in Gluon."""
 CHAIN_ROWS = 512
 """Rows that each class of a chain's narrowest segment has a multiple of: tiles divide them, and are many. On an H100 a
 chain of five with 128 rows a class took 1.2 times as long as the first three of it with 512 and the others alone."""
@@ -106,8 +108,12 @@ def _has_phantoms(problem: Problem, branch: int) -> bool:
 
 def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig) -> str | None:
     """Why no text with a ring of tiles computes a branch with these tiles; None where one may."""
-    if len(branches) > 1 or op == BACKWARD:
-        return "several branches, or all gradients, share a launch in Triton alone"
+    if len(branches) > 1:
+        return "several branches share a launch in Triton alone"
+    branch = branches[0]
+    rows = problem.rows(branch)
+    if op == BACKWARD and (rows not in HELD_BY_A_RING or config.block_n != rows or config.block_m % 64):
+        return f"a ring gives all gradients of segments of {' or '.join(map(str, HELD_BY_A_RING))} rows, by 64 or more"
     stay, loop = (config.block_n, config.block_m) if op in BY_KEYS else (config.block_m, config.block_n)
     if config.num_warps % 4 or stay % (16 * config.num_warps) or loop > 256:
         return "a warpgroup of a ring takes 64 rows of the tile that stays"
@@ -115,11 +121,10 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "a producer loads for two warpgroups of a forward, 128 rows"
     if op == "dq" and config.num_stages < 2:
         return "dq begins a tile's scores while it holds the tile before: its ring has two places at least"
-    branch = branches[0]
     if problem.queries == "all" or acting_order(problem, branch) != "none" or problem.mask or problem.dropout:
         return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
-    if problem.heads != problem.kv_heads and problem.branches[branch][1] > 1:
-        return "heads of a group that keep other steps do not share a ring of tiles"
+    if op == BACKWARD and problem.heads != problem.kv_heads:
+        return "a ring gives all gradients of keys that one head asks"
     if not _even(problem, branch, op, config, one_tile=False):
         return f"tiles of {config.name} do not fill the segments, or these not the sequence"
     return None
@@ -144,7 +149,9 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
     if config.loads in IN_GLUON:
         if refuses_ring(problem, (branch,), op, config):
             return None
-        rings = (Variant(*pattern, even=True, ring=True) for pattern in _patterns(problem, branch))
+        one = op == BACKWARD
+        patterns = (pattern for pattern in _patterns(problem, branch) if not (one and pattern[0] == "full"))
+        rings = (Variant(*pattern, one_tile=one, even=True, ring=True) for pattern in patterns)
         return next((variant for variant in rings if variant.name in texts), None)
     order = acting_order(problem, branch)
     one_tile = _one_tile(problem, branch, op, config)

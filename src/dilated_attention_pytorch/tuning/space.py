@@ -177,7 +177,8 @@ def _has_ring(task: Task, device: Device) -> bool:
     problem = task.problem
     if not heuristics.takes_rings(device.arch, problem.head_dim, problem.dtype):
         return False
-    return text_for(problem, every_branch(problem), task.op, SMALLEST_RING, generated.names()) is not None
+    config = replace(SMALLEST_RING, block_n=max(problem.rows(0), 64)) if task.op == BACKWARD else SMALLEST_RING
+    return text_for(problem, every_branch(problem), task.op, config, generated.names()) is not None
 
 
 COORDINATES = (
@@ -312,7 +313,12 @@ def _fits(task: Task, device: Device, config: LaunchConfig) -> bool:
 
 
 def _pipelines_a_loop(task: Task, device: Device, config: LaunchConfig) -> bool:
-    """A loop that runs once has nothing to overlap: more than one stage is the same kernel again."""
+    """A loop that runs once has nothing to overlap: more than one stage is the same kernel again.
+
+    A ring for all gradients goes on from segment to segment.
+    """
+    if task.op == BACKWARD and config.loads in IN_GLUON:
+        return True
     walked, tile = (_queries(task), config.block_m) if task.op in BY_KEYS else (_keys(task), config.block_n)
     return config.num_stages == 1 or tile < walked
 
