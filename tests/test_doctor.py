@@ -11,6 +11,8 @@ import pytest
 from dilated_attention_pytorch import _layout, database, device, doctor
 from dilated_attention_pytorch.device import Toolchain
 
+from .measurements import database_at, entry
+
 
 def facts(report: doctor.Report) -> dict[str, str]:
     return {f"{part}: {name}": value for part, name, value in report.facts}
@@ -59,6 +61,13 @@ def test_a_broken_database_is_a_complaint(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "sm_90" / "fwd.yaml").touch()
     monkeypatch.setattr(doctor.database, "load", lambda: database.Database(tmp_path))
     assert "sm_90/fwd.yaml:1: no lookup would find this file" in complaints(doctor.examine())
+
+
+def test_the_users_own_database_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Calls run by entries of a folder that the report of a bug does not mention."""
+    own = database_at(tmp_path / "tune_db", {"h100": [entry()]})
+    monkeypatch.setattr(doctor, "overlay_of", lambda options: own)
+    assert facts(doctor.examine())["artifacts: your own"] == f"{own.root}, 1 files"
 
 
 def test_a_gpu_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import sys
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from . import device as devices
 from .config import OPS, Problem
 from .device import Device, Toolchain
 from .errors import DatabaseError
+from .runtime.digest import db_digest
+from .runtime.options import DEFAULTS
+from .runtime.plan import overlay_of
 from .runtime.refusals import refusals
 
 DISTRIBUTION = "dilated-attention-kernels"
@@ -136,12 +140,15 @@ def _database(
     found: list[Device], toolchain: Toolchain, complaints: list[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
     try:
-        committed = database.load()
-        yield "database", f"{committed.root}, digest {committed.digest()}, {len(committed.files())} files"
+        committed, own = database.load(), overlay_of(DEFAULTS)
+        yield "database", f"{committed.root}, digest {db_digest()}, {len(committed.files())} files"
+        if own is not None:
+            yield "your own", f"{own.root}, {len(own.files())} files"
         for device in dict.fromkeys(found):
             counts: dict[str, int] = {}
             for op in OPS:
-                for entry in committed.entries(device.arch, device.name, op).values():
+                entries = [source.entries(device.arch, device.name, op) for source in (committed, own) if source]
+                for entry in ChainMap(*map(dict, reversed(entries))).values():
                     state = database.status(entry, device.arch, toolchain, committed.kernels)
                     counts[state] = counts.get(state, 0) + 1
             text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dilated_attention_pytorch import _layout, cli, database, device
 from dilated_attention_pytorch.config import LaunchConfig, ProblemKey
 from dilated_attention_pytorch.database import Database, Entry
 from dilated_attention_pytorch.runtime import misses
+from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime.variants import acting_order
 from dilated_attention_pytorch.tuning import ledger
 from dilated_attention_pytorch.tuning.changes import contents, merged
@@ -196,6 +198,50 @@ def test_the_digest_is_the_one_that_ranks_compare(capsys: pytest.CaptureFixture[
     with dap.options(database=saved(tmp_path, entry())):
         mine = dap.db_digest()
     assert mine not in (dap.db_digest(), run(capsys, "digest", "--db", tmp_path)[1].strip())
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An installed package whose user has measured something."""
+    root = _layout._root()
+    monkeypatch.setattr(_layout, "_root", lambda: root)
+    monkeypatch.setattr(_layout, "is_checkout", lambda: False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    plans._own_database.cache_clear()
+    _layout.own_db_dir().mkdir(parents=True)
+    yield _layout.own_db_dir()
+    plans._own_database.cache_clear()
+
+
+def test_the_digest_tells_who_measured_for_himself(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+    """Ranks of which one has a database of its own agree by their digests, and launch different kernels."""
+    import dilated_attention_pytorch as dap
+
+    came = database.load().digest()
+    assert run(capsys, "digest")[1].strip() == dap.db_digest() == came  # an empty folder changes no launch
+    saved(own, entry())
+    assert run(capsys, "digest")[1].strip() == dap.db_digest() != came
+    assert dap.db_digest() != run(capsys, "digest", "--db", own)[1].strip()
+    with dap.options(database=own):
+        assert dap.db_digest() == run(capsys, "digest")[1].strip()
+
+
+def test_what_the_user_measured_is_shown(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+    """An hour of tuning that serves every call, and that no command shows, calls stale or counts."""
+    problem = WORKLOADS["core"].problem()
+    mine = entry("fwd", problem)
+    saved(own, replace(mine, key=replace(mine.key, order="none")), entry("dq", kernel="abcdefabcdef"))
+    came = len(json.loads(run(capsys, "show", "--json", "--db", _layout.tune_db_dir())[1]))
+    shown = json.loads(run(capsys, "show", "--json")[1])
+    assert [row["key"]["op"] for row in shown if row["database"] == str(own)] == ["dq", "fwd"]
+    assert len(shown) == came + 2
+    lines = run(capsys, "show", "--gpu", "h100")[1].splitlines()
+    assert lines[0] == f"{own}:" and f"{_layout.tune_db_dir()}:" in lines
+    code, out, _ = run(capsys, "stale", "--json")
+    stale = [row["key"]["op"] for row in json.loads(out)["stale"] if row["provenance"]["kernel"] == "abcdefabcdef"]
+    assert (code, stale) == (1, ["dq"])
+    told = json.loads(run(capsys, "coverage", "--gpu", "h100", "--workload", "core", "--json")[1])
+    assert ledger.title(replace(mine.key, order="none")) not in told["entries"]["missing"]
 
 
 def test_coverage_tells_measured_from_borrowed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

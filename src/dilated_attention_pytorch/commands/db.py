@@ -17,7 +17,10 @@ from ..config import DTYPE_BYTES, EVERY_OP
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Entry
 from ..device import CPU, Device, Toolchain
 from ..errors import ArgumentError
+from ..runtime.digest import db_digest
 from ..runtime.misses import line
+from ..runtime.options import DEFAULTS
+from ..runtime.plan import overlay_of
 from ..tuning import changes as sides
 from ..tuning import ledger
 from ..tuning.changes import Change
@@ -35,7 +38,8 @@ examples:
   dilated-attention db stale --problems again.jsonl   what to measure again, as a list that `tune` takes
 
 None of these needs a GPU. A database is a folder of <arch>/<device>/<op>.yaml; without --db it is the one that came
-with the package. tune_db/README.md describes an entry.
+with the package. Beside it show, stale, digest and coverage take your own, which `tune` writes for an installed package
+and which goes before it. tune_db/README.md describes an entry.
 """
 
 CHECK = """\
@@ -193,19 +197,24 @@ def _compiled(rows: Iterable[Row], found: Database) -> list[Fault]:
 
 
 def _show(chosen: argparse.Namespace) -> int:
-    found = database.load(chosen.db)
     wanted = {"op": chosen.op, "dtype": chosen.dtype, "head_dim": chosen.head_dim}
-    rows = [
-        row
-        for row in _rows(chosen, found)
-        if all(value in (None, getattr(row.entry.key, name)) for name, value in wanted.items())
-        and chosen.status in (None, row.status)
-    ]
+    shown = {
+        found.root: [
+            row
+            for row in _rows(chosen, found)
+            if all(value in (None, getattr(row.entry.key, name)) for name, value in wanted.items())
+            and chosen.status in (None, row.status)
+        ]
+        for found in _databases(chosen)
+    }
     if chosen.json:
-        print(json.dumps([_as_json(row) for row in rows], indent=2))
+        told = [{"database": str(root), **_as_json(row)} for root, rows in shown.items() for row in rows]
+        print(json.dumps(told, indent=2))
         return 0
     header = ("device", "problem", "config", "us", "interval", "gain", "apart", "error", "date", "status")
-    print(_table(header, [_evidence(row) for row in rows]) or "no entries\n", end="")
+    for root, rows in shown.items():
+        heading = f"{root}:\n" if len(shown) > 1 else ""
+        print(heading + (_table(header, [_evidence(row) for row in rows]) or "no entries\n"), end="")
     return 0
 
 
@@ -218,7 +227,7 @@ def _evidence(row: Row) -> tuple[str, ...]:
 
 
 def _stale(chosen: argparse.Namespace) -> int:
-    rows = _rows(chosen, database.load(chosen.db))
+    rows = [row for found in _databases(chosen) for row in _rows(chosen, found)]
     again = [row for row in rows if _again(row)]
     if chosen.problems is not None:
         problems = dict.fromkeys(ledger.asking(row.entry.key) for row in again)
@@ -251,7 +260,7 @@ def _measured_on(row: Row) -> tuple[str, ...]:
 
 
 def _digest(chosen: argparse.Namespace) -> int:
-    print(database.load(chosen.db).digest())
+    print(db_digest() if chosen.db is None else database.load(chosen.db).digest())
     return 0
 
 
@@ -266,7 +275,7 @@ def _coverage(chosen: argparse.Namespace) -> int:
     every = [launch for launches in covered.values() for launch in launches]
     share = 100 * sum(launch.measured for launch in every) / len(every)
     tasks = of_calls(calls, device)
-    absent = missing(tasks, device, toolchain, found)
+    absent = missing(tasks, device, toolchain, _databases(chosen))
     if chosen.json:
         workloads = {name: [_launch(launch) for launch in launches] for name, launches in covered.items()}
         entries = {"asked": len(tasks), "missing": [title(task.key) for task in absent]}
@@ -361,6 +370,12 @@ def _rows(chosen: argparse.Namespace, found: Database) -> list[Row]:
     name = getattr(chosen, "gpu", None)
     of = None if name is None else _device(name).name
     return [row for row in ledger.rows(found) if of in (None, row.device)]
+
+
+def _databases(chosen: argparse.Namespace) -> list[Database]:
+    """The one that is named; else those in force, the user's own first, which goes before the other."""
+    own = None if chosen.db is not None else overlay_of(DEFAULTS)
+    return [*([] if own is None else [own]), database.load(chosen.db)]
 
 
 def _device(name: str | None) -> Device:

@@ -258,7 +258,7 @@ def _plan(
         device = INTERPRETER
     reasons = refusals(problem, device, toolchain)
     if not reasons and device is not None:
-        overlay = _overlay_of(options)
+        overlay = overlay_of(options)
         try:
             question = _Question(problem, device, options, backward, toolchain, committed, overlay, texts)
             launches, beaten = _launches(question)
@@ -304,7 +304,7 @@ def launches_of(
     found = database.load() if committed is None else committed
     if reasons := refusals(problem, device, told):
         raise UnsupportedError(f"the triton backend refuses: {'; '.join(reasons)}")
-    question = _Question(problem, device, options, True, told, found, _overlay_of(options), _rendered())
+    question = _Question(problem, device, options, True, told, found, overlay_of(options), _rendered())
     beaten: list[Choice] = []
     try:
         parts = [_joint_or_apart(question, op, branches, beaten) for branches in launch_order(problem, question.texts)]
@@ -324,7 +324,12 @@ def _by_dilation(problem: Problem) -> list[int]:
     return sorted(range(len(problem.branches)), key=lambda branch: problem.branches[branch][1])
 
 
-def _overlay_of(options: Options) -> Database | None:
+def overlay_of(options: Options) -> Database | None:
+    """The database that goes before the committed one: that of `options`, else the user's own of an installed package.
+
+    Raises:
+        DatabaseError: There is no such folder.
+    """
     own = _own_database() if options.database is None else options.database
     return None if own is None else database.load(own)
 
@@ -333,7 +338,7 @@ def _measured_calls(
     problem: Problem, options: Options, toolchain: Toolchain, committed: Database
 ) -> tuple[CallChoice, ...]:
     """What the user's own database has for this very problem and processor; none was committed."""
-    if (overlay := _overlay_of(options)) is None:
+    if (overlay := overlay_of(options)) is None:
         return ()
     found = []
     for branch, op in itertools.product(range(len(problem.branches)), CALL_OPS):

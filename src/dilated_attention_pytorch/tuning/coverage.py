@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..config import Problem, ProblemKey
@@ -48,15 +48,15 @@ def coverage(problems: Iterable[Problem], device: Device, toolchain: Toolchain, 
     return list(rows.values())
 
 
-def missing(tasks: Iterable[Task], device: Device, toolchain: Toolchain, found: Database) -> list[Task]:
-    """What a run would tune and the database has no entry for: none of this very device, or a stale or wrong one.
+def missing(tasks: Iterable[Task], device: Device, toolchain: Toolchain, databases: Sequence[Database]) -> list[Task]:
+    """What a run would tune and no database has an entry for: none of this very device, or a stale or wrong one.
 
     More than the launches of a call: of branches that could share a pass it also measures each alone.
     """
 
-    def is_there(key: ProblemKey) -> bool:
+    def is_there(key: ProblemKey, found: Database) -> bool:
         entry = found.entries(device.arch, device.name, key.op).get(key)
         good = (FRESH, TOOLCHAIN_STALE)
         return entry is not None and status(entry, device.arch, toolchain, found.kernels) in good
 
-    return [task for task in tasks if not is_there(task.key)]
+    return [task for task in tasks if not any(is_there(task.key, found) for found in databases)]
