@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dilated_attention_pytorch.database import Resources
-from dilated_attention_pytorch.tuning.folding import entry_of
-from dilated_attention_pytorch.tuning.journal import Journal, Measurement, Pick
+from dilated_attention_pytorch.tuning.folding import entry_of, is_noisy
+from dilated_attention_pytorch.tuning.journal import Journal, Measurement, Pick, ProblemRow
 
 from ..measurements import CONFIG, entry
 from .made_up import RUN
@@ -42,3 +42,20 @@ def test_what_cudnn_took_is_recorded_beside_the_pick(beside: list[Measurement], 
     found = entry_of(PICK, journal, RUN)
     assert found is not None and found.time_us.cudnn == recorded
     assert (found.time_us.median, found.time_us.default) == (100.0, 120.0)
+
+
+@pytest.mark.parametrize(
+    ("flagged", "recorded"),
+    [("pick", False), ("default", False), ("second", True), (None, True)],
+)
+def test_no_pick_is_recorded_beside_a_default_of_wide_times(flagged: str | None, recorded: bool) -> None:
+    """A gain over a number that nobody trusts; or, without the number, an entry that says the default does not run."""
+    others = {"default": {**PICK.config, "num_warps": 8}, "second": {**PICK.config, "num_stages": 1}}
+    journal = Journal()
+    journal.add(RUN)
+    journal.add(ProblemRow(KEY, "longnet", 1.0, 1e9, 1e6, default=others["default"], incumbent=None))
+    for name, config in {"pick": PICK.config, **others}.items():
+        journal.add(replace(OURS, stage="check", config=config))
+        journal.add(replace(OURS, config=config, flag="noisy" if name == flagged else ""))
+    assert (entry_of(PICK, journal, RUN) is not None) == recorded
+    assert is_noisy(PICK, journal) != recorded

@@ -23,6 +23,7 @@ from dilated_attention_pytorch.errors import DatabaseError
 from dilated_attention_pytorch.runtime.plan import plan
 from dilated_attention_pytorch.tuning import folding, journal, problems, space, worker
 from dilated_attention_pytorch.tuning.journal import Journal, Pick
+from dilated_attention_pytorch.tuning.measure import TimeJob
 from dilated_attention_pytorch.tuning.problems import Task
 from dilated_attention_pytorch.tuning.search import candidate_of
 from dilated_attention_pytorch.tuning.tune import DeviceLost, Settings, takes_tails
@@ -259,6 +260,40 @@ def test_a_database_that_turns_read_only_loses_no_pick(quick: Settings, monkeypa
     assert found.picks[0] == early and found.ends[-1].finished
     saved = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
     assert {entry.key for entry in saved} == {pick.key for pick in found.picks}
+
+
+@pytest.mark.parametrize("who", ["default", "second"])
+def test_times_that_spread_too_wide_are_no_evidence(quick: Settings, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    """An entry that holds a time of the default or of the runner-up that was flagged, and does not say so."""
+    [task, *_] = tasks()
+    default, *_ = names = [candidate.name for candidate in candidates(task)[:4]]
+    times = {name: 100.0 + 4 * place for place, name in enumerate([*names[1:], default])}
+    noisy = default if who == "default" else names[2]
+
+    def spreading(where: str, device: Device, routes: object) -> object:
+        ask = standin.without_torch(where, device, {})
+
+        def answer(job: standin.Job) -> object:
+            found = ask(job)
+            if isinstance(found, tuple):
+                assert isinstance(job, TimeJob)
+                pairs = zip(job.candidates, found, strict=True)
+                return tuple(replace(timed, noisy=one.name == noisy) for one, timed in pairs)
+            return found
+
+        return answer
+
+    monkeypatch.setattr(standin, "microseconds", times.__getitem__)
+    found = standin.run([task], replace(quick, measurer=spreading, steps=0))
+    [pick] = found.picks
+    assert candidate_of(pick).name == names[1]
+    expected = {"default": (None, times[names[2]]), "second": (times[default], None)}[who]
+    assert (pick.default_us, pick.second_us) == expected
+    assert quick.root is not None
+    entries = [entry for path in database.Database(quick.root).files() for entry in database.read(path).values()]
+    assert [(entry.time_us.default, entry.time_us.second) for entry in entries] == (
+        [] if who == "default" else [expected]
+    )
 
 
 def test_picks_are_saved_together(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ def fold(journal: Journal, picks: Iterable[Pick], device: Device, root: Path) ->
 
 
 def entry_of(pick: Pick, journal: Journal, run: Run) -> Entry | None:
-    """The entry of a pick; None where it is not to be recorded: times that spread too wide, or no Triton on record."""
+    """The entry of a pick; None where it is not to be recorded: `is_noisy`, or no Triton on record."""
     rows = [row for row in journal.measurements if row.key == pick.key and _is_of(row, pick)]
     finals = [row for row in rows if row.stage == "finals" and row.status == "ok"][-1]
-    if finals.flag or (pick.route == KERNEL and run.triton is None):
+    if is_noisy(pick, journal) or (pick.route == KERNEL and run.triton is None):
         return None
     checks = [row for row in rows if row.stage == "check" and row.error is not None and row.tolerance]
     worst = max(checks, key=lambda row: (row.error or 0.0) / (row.tolerance or 1.0))
@@ -74,9 +74,15 @@ def _cudnn_us(pick: Pick, journal: Journal) -> float | None:
 
 
 def is_noisy(pick: Pick, journal: Journal) -> bool:
-    """Its times spread too wide even when measured again."""
+    """Its times spread too wide even when measured again, or those of the untuned default.
+
+    An entry without the default's time would say that the default does not run.
+    """
+    default = next((row.default for row in journal.problems if row.key == pick.key), None)
     return any(
-        row.flag and row.stage == "finals" and row.key == pick.key and _is_of(row, pick) for row in journal.measurements
+        row.flag and row.stage == "finals" and (row.key, row.route) == (pick.key, pick.route)
+        for row in journal.measurements
+        if row.config in (pick.config, default)
     )
 
 

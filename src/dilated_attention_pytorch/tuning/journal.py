@@ -140,8 +140,8 @@ class Pick:
         median_us: Of the finals, with its interval.
         low_us: See there.
         high_us: See there.
-        default_us: The untuned default's median; None where it did not run.
-        second_us: The runner-up's; None where there was none.
+        default_us: The untuned default's median; None where it did not run, or its times spread too wide.
+        second_us: The runner-up's; None where there was none, or its times spread too wide.
         candidates: Candidates that were timed.
         apart_us: Of the launches that a joint one stands in for, timed in turn with it; None where there are none, or
             they failed, or their times spread too wide.

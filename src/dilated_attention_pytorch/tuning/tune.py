@@ -585,8 +585,8 @@ def _pick(active: _Active, verdict: Verdict) -> Pick:
     winner, finals = verdict.winner, verdict.finals
     assert winner.median_us is not None and winner.low_us is not None and winner.high_us is not None
     ours = [row for row in finals if row.status == "ok" and row.route == winner.route]
-    untuned = [row.median_us for row in ours if row.config == dict(active.default.choices)]
-    others = sorted(row.median_us for row in ours if row is not winner and row.median_us is not None)
+    untuned = next((row for row in ours if row.config == dict(active.default.choices)), None)
+    second = min((row for row in ours if row is not winner), key=lambda row: row.median_us or 0.0, default=None)
     return Pick(
         key=active.task.key,
         config=winner.config,
@@ -595,11 +595,16 @@ def _pick(active: _Active, verdict: Verdict) -> Pick:
         median_us=winner.median_us,
         low_us=winner.low_us,
         high_us=winner.high_us,
-        default_us=untuned[0] if untuned else None,
-        second_us=others[0] if others else None,
+        default_us=_quiet_us(untuned),
+        second_us=_quiet_us(second),
         candidates=verdict.raced,
-        apart_us=None if verdict.apart is None or verdict.apart.flag else verdict.apart.median_us,
+        apart_us=_quiet_us(verdict.apart),
     )
+
+
+def _quiet_us(row: Measurement | None) -> float | None:
+    """The time of a row, where there is one, unless it spread too wide."""
+    return None if row is None or row.flag else row.median_us
 
 
 def _failure(found: Lost | Raised) -> tuple[str, str]:
