@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from dilated_attention_pytorch import _layout, cli, device
 from dilated_attention_pytorch.config import EVERY_OP, OPS
+from dilated_attention_pytorch.errors import ArgumentError
 from dilated_attention_pytorch.tuning import problems, screening
+from dilated_attention_pytorch.tuning.tune import Settings
 from dilated_attention_pytorch.workloads import named
 
 
@@ -106,6 +109,31 @@ def test_misses_are_a_list_of_problems(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_wrong_command_line_is_a_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A traceback, or a run of something else."""
     assert cli.main(["tune", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_an_h100")
+@pytest.mark.parametrize(("given", "resumed"), [([], ""), (["--shard", "2/4"], "-2of4"), (["--shard", "0/2"], None)])
+def test_resume_takes_its_own_run(
+    given: list[str],
+    resumed: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run of all problems goes on in the journal of a shard, whose name begins as its own and sorts behind it."""
+
+    def stop(tasks: object, device: object, run: object, settings: Settings, **rest: object) -> None:
+        raise ArgumentError(f"journal {settings.journal.name}.")
+
+    monkeypatch.setattr("dilated_attention_pytorch.tuning.tune.tune", stop)
+    name = "nvidia-h100-80gb-hbm3"
+    for part, second in itertools.product(("", "-2of4", "-20of40"), (1, 2)):
+        (tmp_path / f"{name}{part}-20261122T14200{second}000000Z.jsonl").touch()
+    for other in (f"{name}-20261122T142003000000Z-of-mine.jsonl", f"{name}-mig-20261122T142003000000Z.jsonl"):
+        (tmp_path / other).touch()
+    assert cli.main(["tune", "--resume", "--runs", str(tmp_path), "--preset", "quick", *given]) == 2
+    said = "found no run" if resumed is None else f"journal {name}{resumed}-20261122T142002000000Z.jsonl."
     assert said in capsys.readouterr().err
 
 

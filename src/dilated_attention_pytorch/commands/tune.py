@@ -206,7 +206,9 @@ def _journal(folder: Path, name: str, chosen: argparse.Namespace) -> Path:
     stem = f"{name}-{index}of{count}" if count > 1 else name
     if not chosen.resume:
         return folder / f"{stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%fZ}.jsonl"
-    earlier = sorted(folder.glob(f"{stem}-2*.jsonl"))
+    # A shard's stem begins as that of a run of all, and ends otherwise.
+    of_stem = re.compile(rf"{re.escape(stem)}-\d{{8}}T\d+Z\.jsonl")
+    earlier = sorted(path for path in folder.glob("*.jsonl") if of_stem.fullmatch(path.name))
     if not earlier:
         raise ArgumentError(f"--resume found no run of {stem} in {folder}; begin one without it")
     return earlier[-1]
