@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -78,21 +79,44 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path: Path, line: str, said
         journal.read(path)
 
 
-def _write(path: Path, name: str) -> None:
+def _begin(path: Path, told: Connection) -> None:
     with Writer(path) as writer:
-        for number in range(50):
-            writer.add(Measurement(KEY, {"n": number}, name, None, "race", "ok"), End(0.0, finished=False))
+        writer.add(ROWS[0])
+        told.send("begun")
+        told.recv()
+        writer.add(ROWS[1])
 
 
-def test_two_writers_lose_nothing(tmp_path: Path) -> None:
-    """Rows of two processes that overwrite each other, or mix within a line."""
+def test_a_journal_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs go on with one journal: their lines mix, and each measures what the other does."""
+    monkeypatch.setattr(journal, "GONE_S", 0.1)
     path = tmp_path / "a.jsonl"
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(path, name)) for name in ("torch", "cudnn")]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join(30)
-    found = journal.read(path).measurements
-    for name in ("torch", "cudnn"):
-        assert [m.config["n"] for m in found if m.route == name] == list(range(50))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_begin, args=(path, theirs))
+    process.start()
+    assert ours.recv() == "begun"
+    with pytest.raises(DatabaseError, match=r"a\.jsonl is being written by another run.* without --resume"):
+        Writer(path)
+    assert journal.read(path).runs == [ROWS[0]]
+    ours.send("go on")
+    process.join(30)
+    with Writer(path) as writer:
+        writer.add(ROWS[4])
+    found = journal.read(path)
+    assert (found.runs, found.problems, found.picks) == ([ROWS[0]], [ROWS[1]], [ROWS[4]])
+
+
+def test_a_writer_that_was_killed_is_not_waited_for_in_vain(tmp_path: Path) -> None:
+    """A lock that outlives its owner: nothing goes on with the run until somebody finds the file and removes it."""
+    path = tmp_path / "a.jsonl"
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_begin, args=(path, theirs))
+    process.start()
+    assert ours.recv() == "begun"
+    process.kill()
+    with Writer(path) as writer:
+        writer.add(ROWS[1])
+    assert journal.read(path).problems == [ROWS[1]]
+    process.join(30)

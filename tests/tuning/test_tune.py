@@ -347,6 +347,18 @@ def vanishing_first(where: str, device: Device, routes: object) -> object:
     return vanishing(where, device, routes) if where.endswith("asked") else standin.without_torch(where, device, {})
 
 
+def test_two_runs_do_not_share_a_journal(quick: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tune --resume` twice: both ask the GPU for the same, and the second begins with what the first had then."""
+    monkeypatch.setattr(journal, "GONE_S", 0.1)
+    with (
+        journal.Writer(quick.journal),
+        pytest.raises(DatabaseError, match="is being written by another run"),
+    ):
+        standin.run(tasks(), quick)
+    assert not quick.journal.read_text() and not Path(quick.gpus[0]).exists()
+    assert standin.run(tasks(), quick).ends[-1].finished
+
+
 def test_a_budget_that_is_spent_leaves_a_journal_to_go_on_with(quick: Settings) -> None:
     """Time over: everything that was measured is thrown away."""
     what = tasks(*(replace(standin.PROBLEM, head_dim=dim) for dim in (8, 16, 24, 32)))

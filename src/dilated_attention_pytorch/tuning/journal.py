@@ -25,6 +25,9 @@ SCHEMA = 1
 BLOCK = 1 << 16
 """Bytes that are read at once in search of the last whole line."""
 
+GONE_S = 3.0
+"""Seconds that a run which was killed may take to be gone with its processes: whoever goes on with it waits so long."""
+
 SYNC_S = 1.0
 """Seconds between two waits for the disk: one takes milliseconds, as long as a measurement."""
 
@@ -271,24 +274,34 @@ def to_json(row: Row) -> str:
 
 
 class Writer:
-    """Appends rows to a journal. Use it in a `with` statement.
+    """Appends rows to a journal, and keeps other writers out while it lives. Use it in a `with` statement.
 
     Rows are in the file when a call returns, whoever is killed then; a power cut may cost those of the last second.
 
     Args:
         path: The file, made where absent with its folder. A torn last line of a writer that was killed is cut off.
+
+    Raises:
+        DatabaseError: The file cannot be written to, or another run writes it.
     """
 
     def __init__(self, path: Path) -> None:
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         self.path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=GONE_S)
             self._file = path.open("ab+", buffering=0)
             self._synced = 0.0
+        except Timeout as error:
+            raise DatabaseError(
+                f"{path} is being written by another run, and two would measure the same; wait until that one has "
+                f"ended, or begin a new one without --resume"
+            ) from error
         except OSError as error:
+            self._lock.release()
             raise DatabaseError(f"{path} cannot be written to: {error.strerror}; name another folder") from error
 
     def __enter__(self) -> Writer:
@@ -300,28 +313,28 @@ class Writer:
         with suppress(OSError):  # a full disk: told by who wrote
             os.fsync(self._file.fileno())
         self._file.close()
+        self._lock.release()
 
     def add(self, *rows: Row) -> None:
-        """Append rows together: other writers' come before or after them.
+        """Append rows together.
 
         Raises:
             DatabaseError: The disk is full or read-only; what was written of these rows is taken back.
         """
         text = "".join(f"{to_json(row)}\n" for row in rows).encode()
-        with self._lock:
-            size = self._cut_torn_line()
-            try:
-                while text:
-                    text = text[self._file.write(text) or 0 :]
-                if time.monotonic() > self._synced + SYNC_S:
-                    os.fsync(self._file.fileno())
-                    self._synced = time.monotonic()
-            except OSError as error:
-                with suppress(OSError):
-                    self._file.truncate(size)
-                raise DatabaseError(
-                    f"{self.path} cannot be written to: {error.strerror}; mend that, and go on with --resume"
-                ) from error
+        size = self._cut_torn_line()
+        try:
+            while text:
+                text = text[self._file.write(text) or 0 :]
+            if time.monotonic() > self._synced + SYNC_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise DatabaseError(
+                f"{self.path} cannot be written to: {error.strerror}; mend that, and go on with --resume"
+            ) from error
 
     def _cut_torn_line(self) -> int:
         """The file's size, after a line that a killed writer left without an end has been cut off."""

@@ -126,15 +126,15 @@ def tune(
         The journal, with what earlier starts measured.
 
     Raises:
-        DatabaseError: The database cannot be written to, or the journal is another machine's.
+        DatabaseError: The database cannot be written to, or the journal is another machine's, or another run writes it.
         DeviceLost: No GPU is left.
     """
     if settings.root is not None:
         with database.locked(settings.root):
             pass  # better told now than after an hour
-    known = journal.read(settings.journal) if settings.journal.is_file() else Journal()
-    _refuse_other(known, run, settings.journal)
     with Writer(settings.journal) as writer:
+        known = journal.read(settings.journal) if settings.journal.is_file() else Journal()
+        _refuse_other(known, run, settings.journal)
         given = ranked or {}, incumbents or {}
         return _Tuning(tasks, device, run, settings, *given, progress or Progress(), known, writer).go()
 
