@@ -191,21 +191,33 @@ def test_entries_are_sorted_whatever_came_first(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys
+import sys, time
 from pathlib import Path
 from tests.measurements import entry
 from dilated_attention_pytorch import database, device
+write = database.write
+def slowly(*arguments):
+    time.sleep(0.05)
+    return write(*arguments)
+database.write = slowly
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.001)
 for rows in range(int(sys.argv[2]), 2048, 256):
     database.save(device.simulated("l4"), [entry(branches=((rows, 2),))], Path(sys.argv[1]))
 """
 
 
 def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    """Each reads the file, adds its own and writes: without a lock the later one drops what the other added."""
+    """Each reads the file, adds its own and writes: without a lock the later one drops what the other added.
+
+    They begin when both are there, and wait between reading and writing: by themselves they would hardly meet.
+    """
     root = _layout.tune_db_dir().parent
+    here, there = str(tmp_path / ".here"), str(tmp_path / ".there")
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), start], cwd=root, env=environment())
-        for start in ("128", "256")
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), *given], cwd=root, env=environment())
+        for given in (("128", here, there), ("256", there, here))
     ]
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
     assert len(Database(tmp_path).entries("sm_89", "nvidia-l4", "fwd")) == 16 - 1

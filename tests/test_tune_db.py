@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,3 +203,40 @@ def test_what_is_proven_is_what_a_call_takes(tmp_path: Path) -> None:
         assert (
             plan(problem, device.simulated("h100"), toolchain=Toolchain("3.6.0"), committed=committed).rung == "exact"
         )
+
+
+def test_an_entry_that_its_own_key_passes_over_is_seen(tmp_path: Path) -> None:
+    """Tiles that no call of this key can run: every lookup reads the entry, and launches something else."""
+    masked = replace(PROBLEM, length=8192, mask=True)
+    ring = LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")
+    (row,) = hand_made(tmp_path, "h100", entry(problem=masked, config=ring))
+    (fault,) = ledger.faults([row], Database(tmp_path))
+    assert fault.where == row.title
+    assert re.fullmatch(
+        r"its own key leads to \S+ from rung '(heuristic|nearest)': 64x64_w4_s2_ring on \S+: a ring of tiles knows no "
+        r"order, mask or dropout, .*; tune it again",
+        fault.problem,
+    )
+
+
+def test_an_entry_that_another_stands_for_is_seen(tmp_path: Path) -> None:
+    """A file that was read before it was written again: what is told of it holds for other tiles."""
+    (row,) = hand_made(tmp_path, "h100", entry())
+    stale = replace(row, entry=replace(row.entry, config=LaunchConfig(32, 64)))
+    told = "its own key leads to 64x32_w4_s2 from rung 'exact': ; tune it again"
+    assert [fault.problem for fault in ledger.faults([row, stale], Database(tmp_path))] == [told]
+
+
+def test_an_entry_is_reachable_through_itself_alone(tmp_path: Path) -> None:
+    """The untuned default takes the very tiles of an entry that no lookup finds: no proof that somebody finds it."""
+    (row,) = hand_made(tmp_path / "its own", "l4", entry())
+    (other,) = hand_made(tmp_path / "without it", "l4", entry("dq"))
+    problem = ledger.asking(row.entry.key, Variant.from_name("general"))
+    assert problem is not None
+    without = Database(tmp_path / "without it")
+    untuned = plan(problem, device.simulated("l4"), toolchain=Toolchain("3.6.0"), committed=without).fwd[0]
+    assert untuned.rung == "heuristic"
+    same = replace(row, entry=replace(row.entry, config=untuned.config))
+    (fault,) = ledger.faults([same], without)
+    assert fault.problem.startswith(f"its own key leads to {untuned.config.name} from rung 'heuristic': ")
+    assert ledger.faults([other], without) == []

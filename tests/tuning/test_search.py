@@ -207,12 +207,14 @@ A, B, C = OTHERS[:3]
         ([row(DEFAULT, 100), row(A, 105)], A, DEFAULT, "fastest"),
         ([row(DEFAULT, 100), row(A, 102.5)], A, DEFAULT, "fastest"),
         ([row(A, 100), row(B, 100)], DEFAULT, A, "fastest"),
+        ([row(DEFAULT, 110), row(A, 100), row(B, 115, width=0.15, shared=900)], None, A, "fastest"),
+        ([row(DEFAULT, 110), row(A, 100), row(B, 115, width=0.15, shared=900)], B, A, "fastest"),
     ],
 )
 def test_ties_go_where_they_should(
     finals: list[Measurement], incumbent: Candidate | None, winner: Candidate, why: str
 ) -> None:
-    """Noise that rewrites the database at each tuning, or an entry slower than the untuned default."""
+    """Noise that rewrites the database at each tuning, or an entry slower than the untuned default, however noisy."""
     found, said = decide(finals, DEFAULT, incumbent)
     assert (candidate_of(found), said) == (winner, why)
 
