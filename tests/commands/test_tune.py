@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dilated_attention_pytorch import _layout, cli, device
 from dilated_attention_pytorch.config import EVERY_OP, OPS
@@ -110,6 +111,21 @@ def test_a_wrong_command_line_is_a_sentence(given: list[str], said: str, capsys:
     """A traceback, or a run of something else."""
     assert cli.main(["tune", *given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_gpus_that_differ_are_tuned_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an L4 measures is recorded as an H100's, and compared with what one measured."""
+    gpus = [device.simulated(name) for name in ("h100", "l4", "h100")]
+    monkeypatch.setattr(device, "current", lambda where=None: gpus[where or 0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given = ["tune", "--preset", "quick", "--dry-run"]
+    assert cli.main([*given, "--gpus", "all"]) == 2
+    said = capsys.readouterr().err
+    assert "0, 2: nvidia-h100-80gb-hbm3 (sm_90" in said and "1: nvidia-l4 (sm_89" in said
+    assert "tune each in a run of its own: --gpus 0,2 and --gpus 1\n" in said
+    assert cli.main([*given, "--gpus", "0,2"]) == 0
+    assert "and 2 GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("on_an_h100")

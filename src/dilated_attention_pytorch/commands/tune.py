@@ -63,7 +63,9 @@ def add(commands: Commands) -> None:
     add_problems(parser)
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--gpus", metavar="WHICH", help="all, cpu, or indices such as 0,2 (default 0, or cpu without a GPU)"
+        "--gpus",
+        metavar="WHICH",
+        help="all, cpu, or indices such as 0,2 of equal GPUs (default 0, or cpu without a GPU)",
     )
     how.add_argument("--shard", type=_shard, metavar="i/n", default=(0, 1), help="the i-th of n hosts' part, from 0")
     how.add_argument("--budget", type=_seconds, metavar="TIME", default=math.inf, help="such as 90s, 10m or 2h")
@@ -226,6 +228,16 @@ def _machine(text: str | None) -> tuple[Device, tuple[str, ...]]:
         raise UnsupportedError(
             "torch sees no GPU to measure on; --gpus cpu tunes the torch backend for this processor, and "
             "`dilated-attention screen --arch sm_90` compiles candidates for a GPU without it"
+        )
+    kinds: dict[Device | None, list[int]] = {}
+    for index in gpus:
+        kinds.setdefault(devices.current(index), []).append(index)
+    if len(kinds) > 1:
+        named = "; ".join(f"{', '.join(map(str, same))}: {kind}" for kind, same in kinds.items())
+        runs = " and ".join(f"--gpus {','.join(map(str, same))}" for same in kinds.values())
+        raise ArgumentError(
+            f"--gpus {text} names GPUs that differ ({named}), and a run measures for one kind; tune each in a run of "
+            f"its own: {runs}"
         )
     return device, tuple(f"cuda:{index}" for index in gpus)
 
