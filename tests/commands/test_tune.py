@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,37 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert sum(problem["weight"] for problem in found["problems"]) == pytest.approx(1.0)
     assert {len(problem["candidates"]) for problem in found["problems"]} <= {*range(13)}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("on_an_h100")
+@pytest.mark.parametrize(
+    "command", [["tune", "--dry-run"], ["screen", "--gpu", "h100"], ["db", "coverage", "--gpu", "h100"]]
+)
+def test_workloads_are_named_together_or_one_by_one(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--workload a b` of which b is a stray argument, or `--workload a --workload b` that forgets a."""
+    monkeypatch.setattr(screening, "Pool", _nothing_compiles)
+    told = []
+    for names in (["core", "readme"], ["core", "--workload", "readme"], ["core", "readme", "--workload", "core"]):
+        assert cli.main([*command, "--workload", *names, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1] == told[2]
+    assert cli.main([*command, "--workload", "core", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) != told[0]
+
+
+def _nothing_compiles(device: object, processes: object) -> Any:
+    waiting: list[Any] = []
+
+    def answers() -> list[Any]:
+        found = [(label, screening.Compiled("compile")) for label in waiting]
+        waiting.clear()
+        return found
+
+    return SimpleNamespace(
+        submit=lambda label, job: waiting.append(label), answers=answers, workers=(), stop=lambda: None
+    )
 
 
 @pytest.mark.usefixtures("on_an_h100")

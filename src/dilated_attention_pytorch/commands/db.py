@@ -27,7 +27,7 @@ from ..tuning.changes import Change
 from ..tuning.coverage import Covered, coverage, missing
 from ..tuning.ledger import STATUSES, Fault, Row, title
 from ..tuning.problems import PRESETS, calls_of, of_calls, preset
-from ..workloads import WORKLOADS
+from . import tune
 
 DB = """\
 examples:
@@ -106,7 +106,7 @@ def add(subparsers: Any) -> None:
 
     cover = _verb(verbs, "coverage", _coverage, "what the known models would run with on a GPU", COVERAGE)
     what = cover.add_mutually_exclusive_group()
-    what.add_argument("--workload", nargs="+", metavar="NAME", help="some of " + ", ".join(WORKLOADS))
+    tune.add_workloads(what)
     what.add_argument(
         "--preset", choices=tuple(PRESETS), default="standard", help="as `tune` has them (default standard)"
     )

@@ -29,7 +29,8 @@ examples:
   dilated-attention tune                                   the standard preset: every model that is known here, and a
                                                            grid around them; ten minutes on 16 cores
   dilated-attention tune --preset quick                    longnet and core in bf16: a minute or two
-  dilated-attention tune --workload gigapath --budget 10m  the weightiest problems first, and stop in time
+  dilated-attention tune --workload gigapath core --budget 10m
+                                                           the weightiest problems first, and stop in time
   dilated-attention tune --from-misses misses.jsonl        what options(miss_log="misses.jsonl") collected
   dilated-attention tune --resume                          go on where a run that was stopped or killed left off
   dilated-attention tune --gpus all --shard 0/4            all GPUs of this host, the first of four hosts
@@ -92,12 +93,15 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
     """What `tune` and `screen` take to say which problems."""
     what = parser.add_argument_group("what")
     one = what.add_mutually_exclusive_group()
-    one.add_argument(
-        "--workload", action="append", metavar="NAME", help="one of " + ", ".join(WORKLOADS) + "; may be repeated"
-    )
+    add_workloads(one)
     one.add_argument("--preset", choices=tuple(PRESETS), default="standard", help="default standard")
     one.add_argument("--from-misses", type=Path, metavar="FILE", help="problems of a miss log")
     what.add_argument("--dtype", action="append", choices=tuple(DTYPE_BYTES)[:3], help="these alone; may be repeated")
+
+
+def add_workloads(group: argparse._MutuallyExclusiveGroup) -> None:
+    """`--workload`, of several names and several times."""
+    group.add_argument("--workload", nargs="+", action="extend", metavar="NAME", help="some of " + ", ".join(WORKLOADS))
 
 
 def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:

@@ -206,13 +206,16 @@ def crude_us(task: Task, device: Device) -> float:
 
 
 def calls_of(names: Iterable[str], dtypes: tuple[str, ...] = ()) -> list[tuple[str, Problem]]:
-    """Every call of the named workloads, of these dtypes alone where any are named.
+    """Every call of the named workloads, each once, of these dtypes alone where any are named.
 
     Raises:
         ArgumentError: There is no workload of a name.
     """
     return [
-        (name, problem) for name in names for problem in named(name).problems() if not dtypes or problem.dtype in dtypes
+        (name, problem)
+        for name in dict.fromkeys(names)
+        for problem in named(name).problems()
+        if not dtypes or problem.dtype in dtypes
     ]
 
 
