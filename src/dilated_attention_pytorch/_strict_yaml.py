@@ -26,12 +26,15 @@ def load(path: Path) -> Field:
     """The root of a YAML file.
 
     Raises:
-        DatabaseError: The file is no YAML, is empty, holds a conflict marker, an alias or a tag, or nests too deep.
+        DatabaseError: The file cannot be read, is no YAML, is empty, holds a conflict marker, an alias or a tag, or
+            nests too deep.
     """
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DatabaseError(f"{path}:1: cannot be read: {error.strerror}; mend or restore the file") from error
     except UnicodeDecodeError as error:
         raise DatabaseError(f"{path}:1: this is no text in UTF-8; restore the file") from error
     if marker := _CONFLICT.search(text):

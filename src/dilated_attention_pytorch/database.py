@@ -185,11 +185,18 @@ class Database:
         return [path for path in found if path != self.root / "devices.yaml" and self._is_measurements(path)]
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits of all bytes that a lookup depends on: equal on ranks that will agree."""
+        """Twelve hexadecimal digits of all bytes that a lookup depends on: equal on ranks that will agree.
+
+        Raises:
+            DatabaseError: A file cannot be read, or lies where no lookup would ever find it.
+        """
         total = hashlib.sha256()
         for path in [self.root / "devices.yaml", *self.files()]:
             if path.exists():
-                content = path.read_bytes()
+                try:
+                    content = path.read_bytes()
+                except OSError as error:
+                    raise DatabaseError(f"{path}:1: cannot be read: {error.strerror}; mend or remove it") from error
                 total.update(f"{path.relative_to(self.root).as_posix()} {len(content)}\n".encode() + content)
         return total.hexdigest()[:12]
 

@@ -136,16 +136,26 @@ def test_a_log_that_cannot_be_written_stops_no_training(tmp_path: Path) -> None:
     found = plan(PROBLEM, H100, toolchain=TOOLCHAIN, committed=database_at(tmp_path / "db", {}))
     with pytest.warns(UserWarning, match="cannot be written to: No such file or directory; misses are lost"):
         misses.note(gone, found, backward=True)
+    with pytest.warns(UserWarning, match="cannot be written to: Is a directory; misses are lost"):
+        misses.note(tmp_path, found, backward=True)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"branches": [[1]]}', '{"dtype": "half"}', misses.line(PROBLEM).replace("batch", "bunch")],
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"branches": [[1]]}',
+        '{"dtype": "half"}',
+        misses.line(PROBLEM).replace("batch", "bunch"),
+        "\xff",
+    ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, text: str) -> None:
     """A list that was edited by hand: a traceback without a line number."""
     log = tmp_path / "misses.jsonl"
-    log.write_text(misses.line(PROBLEM) + text + "\n")
+    log.write_text(misses.line(PROBLEM) + text + "\n", encoding="latin-1")
     with pytest.raises(ArgumentError, match=r"misses\.jsonl:2: this is no problem"):
         misses.read(log)
 

@@ -27,7 +27,7 @@ from ..tuning.changes import Change
 from ..tuning.coverage import Covered, coverage, missing
 from ..tuning.ledger import STATUSES, Fault, Row, title
 from ..tuning.problems import PRESETS, calls_of, of_calls, preset
-from . import tune
+from . import tune, write
 
 DB = """\
 examples:
@@ -102,7 +102,7 @@ def add(subparsers: Any) -> None:
     show.add_argument("--status", choices=STATUSES, help="of one status alone, see `db stale --help`")
 
     stale = _verb(verbs, "stale", _stale, "what to measure again", STALE)
-    stale.add_argument("--problems", metavar="FILE", help="write it as a list for `tune --from-misses FILE`")
+    stale.add_argument("--problems", type=Path, metavar="FILE", help="write it as a list for `tune --from-misses FILE`")
 
     cover = _verb(verbs, "coverage", _coverage, "what the known models would run with on a GPU", COVERAGE)
     what = cover.add_mutually_exclusive_group()
@@ -231,7 +231,7 @@ def _stale(chosen: argparse.Namespace) -> int:
     again = [row for row in rows if _again(row)]
     if chosen.problems is not None:
         problems = dict.fromkeys(ledger.asking(row.entry.key) for row in again)
-        Path(chosen.problems).write_text("".join(line(problem) for problem in problems if problem), encoding="utf-8")
+        write(chosen.problems, "".join(line(problem) for problem in problems if problem), "--problems")
     counts = Counter(row.status for row in rows)
     if chosen.json:
         print(

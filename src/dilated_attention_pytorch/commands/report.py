@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
+from . import write
 
 if TYPE_CHECKING:
     from . import Commands
@@ -66,10 +67,7 @@ def _report(chosen: argparse.Namespace) -> int:
         show(report, sys.stdout)
     if chosen.html or chosen.open or not chosen.json:
         html: Path = chosen.html or path.with_suffix(".html")
-        try:
-            html.write_text(page(report), encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"{html} cannot be written: {error.strerror}; --html says where else") from error
+        write(html, page(report), "--html")
         print(f"\npage: {html}", file=sys.stderr if chosen.json else sys.stdout)
         if chosen.open:
             webbrowser.open(html.resolve().as_uri())

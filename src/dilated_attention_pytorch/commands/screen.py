@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import device as devices
 from ..errors import ArgumentError
-from . import tune
+from . import try_to_write, tune, write
 
 if TYPE_CHECKING:
     from ..config import ProblemKey
@@ -65,6 +65,8 @@ def run(chosen: argparse.Namespace) -> int:
 
     device = devices.simulated(chosen.gpu) if chosen.gpu else _of_arch(chosen.arch)
     tasks = tune.chosen_tasks(chosen, device)
+    if chosen.output:
+        try_to_write(chosen.output, "--output")  # better told now than after an hour
     limit, _ = tune.thoroughness(chosen)
     wanted = {task.key: space.space(task, device)[:limit] for task in tasks}
     found: list[tuple[Task, list[tuple[Candidate, Compiled]]]] = []
@@ -74,7 +76,7 @@ def run(chosen: argparse.Namespace) -> int:
             print("\n".join(_table(task, compiled, device)), flush=True)
     ranking = _ranking(device, found)
     if chosen.output:
-        chosen.output.write_text(json.dumps(ranking, indent=1) + "\n", encoding="utf-8")
+        write(chosen.output, json.dumps(ranking, indent=1) + "\n", "--output")
         print(f"ranked list in {chosen.output}", file=sys.stderr)
     if chosen.json:
         print(json.dumps(ranking, indent=2))

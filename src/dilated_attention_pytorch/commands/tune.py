@@ -111,6 +111,10 @@ def chosen_tasks(chosen: argparse.Namespace, device: Device) -> list[Task]:
 
     if chosen.from_misses is not None:
         calls = [("misses", problem) for problem in misses.read(chosen.from_misses)]
+        if not calls:
+            raise ArgumentError(
+                f"there is nothing to tune: {chosen.from_misses} is empty: no call ran unmeasured, or nothing was stale"
+            )
     elif chosen.workload:
         calls = problems.calls_of(chosen.workload)
     else:

@@ -41,10 +41,20 @@ def read(path: Path) -> list[Problem]:
     """The problems of a file, those of equal keys once.
 
     Raises:
-        ArgumentError: A line is no problem; the message names file and line.
+        ArgumentError: The file cannot be read, or a line is no problem; the message names file and line.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise ArgumentError(
+            f"{path} cannot be read: {error.strerror}; name a file that options(miss_log=...) or "
+            f"`dilated-attention db stale --problems` has written"
+        ) from error
+
+
+def _read(path: Path) -> list[Problem]:
     problems: dict[tuple[ProblemKey, ...], Problem] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             fields = json.loads(text)
             fields["branches"] = tuple((segment, dilation) for segment, dilation in fields["branches"])
@@ -90,4 +100,4 @@ def _append(path: Path, problem: Problem) -> None:
 
 @lru_cache
 def _known(path: Path) -> set[tuple[ProblemKey, ...]]:
-    return {_likeness(problem) for problem in read(path)} if path.exists() else set()
+    return {_likeness(problem) for problem in _read(path)} if path.exists() else set()
