@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dilated_attention_pytorch import cli, device, doctor
+from dilated_attention_pytorch import cli, database, device, doctor
+from dilated_attention_pytorch.call_config import CallConfig
+from dilated_attention_pytorch.runtime.plan import CallChoice, Plan, plan
 
-from .measurements import PROBLEM, entry
+from .measurements import PROBLEM, TOOLCHAIN, entry
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -55,8 +59,6 @@ def test_what_is_given_replaces_what_the_workload_has(capsys: pytest.CaptureFixt
 
 def test_json_holds_every_launch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A script that reads it needs names and numbers, not sentences alone."""
-    from dilated_attention_pytorch import database
-
     database.save(device.simulated("h100"), [entry()], tmp_path)
     sizes = f"--length {PROBLEM.length} --heads 8 --head-dim 64 --segments 512 --dilations 2 --dtype fp16".split()
     code, out, _ = run(capsys, "explain", "--gpu", "h100", "--json", "--database", str(tmp_path), *sizes, "--backward")
@@ -66,6 +68,65 @@ def test_json_holds_every_launch(capsys: pytest.CaptureFixture[str], tmp_path: P
     # The invented kernel of the entry is in nobody's git: it serves as a fallback alone.
     assert found["launches"][0]["rung"] == "stale"
     assert found["launches"][0]["config"] == {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+
+
+def test_json_tells_what_the_text_tells(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that reads the launches of a call which cuDNN takes, or which the torch backend cuts as measured."""
+    problem = replace(PROBLEM, branches=((512, 1), (1024, 1)))
+    planned = plan(problem, device.simulated("h100"), toolchain=TOOLCHAIN)
+    forward, backward = (CallChoice(op, 1, CallConfig("pack", 2, 8), f"{op} as measured") for op in ("fwd", "dkdv"))
+    found = replace(
+        planned,
+        backend="cudnn",
+        refusals=(("triton", "was asked to say no"),),
+        external=(("fwd", "80 us, ours 100"), ("bwd", "180 us, ours 200")),
+        calls=(forward, backward),
+        beaten=planned.launches[:1],
+    )
+    monkeypatch.setattr(cli, "plan", lambda *given, **options: found)
+    command = ["explain", "--gpu", "h100", "--workload", "longnet"]
+
+    def told(*more: str) -> tuple[dict[str, Any], list[str]]:
+        lines = run(capsys, *command, *more)[1].splitlines()
+        return json.loads(run(capsys, *command, "--json", *more)[1]), lines
+
+    values, lines = told("--backward")
+    assert {field.name for field in fields(Plan)} <= values.keys()
+    assert values["workload"]["name"] == "longnet" and values["workload"]["model"] in lines[0]
+    assert [row["op"] for row in values["external"]] == ["fwd", "bwd"]
+    assert [(row["op"], row["config"]) for row in values["calls"]] == [
+        (calls.op, {"rows": "pack", "pairs": 2, "share": 8}) for calls in (forward, backward)
+    ]
+    rows = [row for name in ("external", "refusals", "calls", "launches", "beaten") for row in values[name]]
+    passed = [why for row in rows for why in row.get("passed", ())]
+    sentences = [row["why"] for row in (*rows, *passed)]
+    sentences += [f"its tails are masked: {row['tails']}" for row in rows if row.get("tails")]
+    sentences += [f"--add {row['add']}`" for row in rows if row.get("add")]
+    sentences += [f"--add {values['could_share']['add']}`"]
+    assert {why for why in sentences if not any(why in line for line in lines)} == set()
+    asides = (
+        "its tails are masked",
+        "python -m codegen --add",
+        "  not ",
+        "cuDNN on views",
+        "calls ",
+        "untuned default",
+    )
+    told_aside = [line for line in lines if any(aside in line for aside in asides)]
+    assert told_aside and not [line for line in told_aside if not any(why in line for why in sentences)]
+    values, lines = told()
+    assert [row["op"] for name in ("external", "calls") for row in values[name]] == ["fwd", "fwd"]
+    assert {row["op"] for row in values["launches"]} == {"fwd"}
+
+
+def test_json_holds_every_offer_of_a_rung(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of two entries nearby that were passed over the text tells both, and a mapping by rung the last one."""
+    near = [entry(branches=((rows, 2),), kernel="abcdefabcdef") for rows in (192, 320)]
+    database.save(device.simulated("h100"), near, tmp_path)
+    sizes = f"--length {PROBLEM.length} --heads 8 --head-dim 64 --segments 512 --dilations 2 --dtype fp16".split()
+    out = run(capsys, "explain", "--gpu", "h100", "--json", "--database", str(tmp_path), *sizes)[1]
+    passed = [row for launch in json.loads(out)["launches"] for row in launch["passed"] if "text that" in row["why"]]
+    assert [row["rung"] for row in passed].count("nearest") >= 2
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from .commands import add_all
 from .config import DTYPE_BYTES, HEAD_OFFSETS, Problem
 from .device import Device, Toolchain
 from .errors import ArgumentError, DilatedAttentionError
+from .runtime import story
 from .runtime.options import options
-from .runtime.plan import BACKENDS, Choice, Plan, plan
-from .runtime.variants import acting_order
+from .runtime.plan import BACKENDS, plan
 from .variant import ORDERS, QUERIES
 from .workloads import WORKLOADS, named, near_square
 
@@ -131,11 +131,13 @@ def _explain(chosen: argparse.Namespace) -> int:
     device, toolchain = _where(chosen.gpu)
     with options(database=chosen.database) as choices:
         found = plan(problem, device, chosen.backend, choices, backward=chosen.backward, toolchain=toolchain)
+    model = named(chosen.workload).model if chosen.workload else None
     if chosen.json:
-        print(json.dumps(_as_json(found, chosen.backward), indent=2))
+        workload = {"name": chosen.workload, "model": model} if model else None
+        print(json.dumps({"workload": workload, **story.values(found, backward=chosen.backward)}, indent=2))
     else:
-        if chosen.workload:
-            print(f"workload {chosen.workload}: {named(chosen.workload).model}")
+        if model:
+            print(f"workload {chosen.workload}: {model}")
         print(found.explain(backward=chosen.backward))
     return 0
 
@@ -175,39 +177,6 @@ def _branches(chosen: argparse.Namespace, base: Problem) -> tuple[tuple[int, int
     if len(segments) != len(dilations):
         raise ArgumentError(f"one dilation rate a segment length, got {len(segments)} --segments and {len(dilations)}")
     return tuple(zip(segments, dilations, strict=True))
-
-
-def _as_json(found: Plan, backward: bool) -> dict[str, object]:
-    """The plan in plain values, variants and configurations by name and by field."""
-
-    def told(choices: Sequence[Choice]) -> list[dict[str, object]]:
-        return [
-            {
-                "op": choice.op,
-                "branch": choice.branch,
-                "branches": choice.branches,
-                "segment": found.problem.segment(choice.branch),
-                "dilation": found.problem.branches[choice.branch][1],
-                "order": acting_order(found.problem, choice.branch),
-                "variant": choice.variant.name,
-                "config": choice.config.to_dict(),
-                "rung": choice.rung,
-                "why": choice.why,
-                "passed": dict(choice.passed),
-            }
-            for choice in choices
-            if backward or choice.op == "fwd"
-        ]
-
-    return {
-        "problem": asdict(found.problem),
-        "device": None if found.device is None else asdict(found.device),
-        "backend": found.backend,
-        "rung": found.rung,
-        "refusals": [{"what": what, "why": why} for what, why in found.refusals],
-        "launches": told(found.launches),
-        "beaten": told(found.beaten),
-    }
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------

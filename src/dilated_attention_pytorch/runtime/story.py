@@ -1,8 +1,10 @@
-"""A plan as text: what `explain` prints."""
+"""A plan as text, and as plain values: what `explain` prints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 from ..config import Problem
 from .plan import Choice, Plan
@@ -12,6 +14,50 @@ from .variants import acting_order, nested, why_ragged
 def tell(plan: Plan, *, backward: bool = True) -> str:
     """The story of a plan, for a person: what runs, on which evidence, and why nothing else."""
     return "\n".join(_lines(plan, backward))
+
+
+def values(plan: Plan, *, backward: bool = True) -> dict[str, Any]:
+    """The same for a script: variants by name, configurations by field."""
+
+    def is_told(op: str) -> bool:
+        return backward or op == "fwd"
+
+    shared = _joined(plan) if plan.launches else None
+    return {
+        "problem": asdict(plan.problem),
+        "device": None if plan.device is None else asdict(plan.device),
+        "backend": plan.backend,
+        "rung": plan.rung,
+        "external": [{"op": op, "route": "cudnn", "why": why} for op, why in plan.external if is_told(op)],
+        "refusals": [{"what": what, "why": why} for what, why in plan.refusals],
+        "calls": [
+            {"op": calls.op, "branch": calls.branch, "config": calls.config.to_dict(), "why": calls.why}
+            for calls in plan.calls
+            if is_told(calls.op)
+        ],
+        "launches": [_launch(plan, choice) for choice in plan.launches if is_told(choice.op)],
+        "beaten": [_launch(plan, choice) for choice in plan.beaten if is_told(choice.op)],
+        "could_share": None if shared is None else {"branches": shared[0], "add": shared[1]},
+    }
+
+
+def _launch(plan: Plan, choice: Choice) -> dict[str, Any]:
+    problem = plan.problem
+    return {
+        "op": choice.op,
+        "branch": choice.branch,
+        "branches": choice.branches,
+        "segment": problem.segment(choice.branch),
+        "dilation": problem.branches[choice.branch][1],
+        "order": acting_order(problem, choice.branch),
+        "variant": choice.variant.name,
+        "config": choice.config.to_dict(),
+        "rung": choice.rung,
+        "why": choice.why,
+        "passed": [{"rung": rung, "why": why} for rung, why in choice.passed],
+        "tails": _tails(problem, choice),
+        "add": _addable(problem, choice),
+    }
 
 
 def _lines(plan: Plan, backward: bool) -> Iterator[str]:
@@ -45,20 +91,21 @@ def _lines(plan: Plan, backward: bool) -> Iterator[str]:
             else:
                 yield from _passed(choice)
             told = choice.passed
-            if not choice.wider and not choice.variant.even:
-                yield f"        its tails are masked: {_ragged(plan.problem, choice)}"
-        if choices[0].variant.dilation is None and (spec := _pattern(plan.problem, branches[0])):
+            if tails := _tails(plan.problem, choice):
+                yield f"        its tails are masked: {tails}"
+        if spec := _addable(plan.problem, choices[0]):
             yield f"  no text of its own: in a checkout, `python -m codegen --add {spec}` renders one"
-    if plan.launches:
-        yield from _joined(plan)
-
-
-def _joined(plan: Plan) -> Iterator[str]:
-    """Branches that one pass could compute, had it a text."""
-    possible = nested(plan.problem)
-    if len(possible) > max(len(choice.branches) for choice in (*plan.launches, *plan.beaten)):
-        spec = "+".join(f"{length}:{rate}" for length, rate in (plan.problem.branches[branch] for branch in possible))
+    if plan.launches and (shared := _joined(plan)):
+        possible, spec = shared
         yield f"branches {_listed(possible)} could share a pass: in a checkout, `python -m codegen --add {spec}`"
+
+
+def _joined(plan: Plan) -> tuple[list[int], str] | None:
+    """Branches that one pass could compute, had it a text, and what to give `python -m codegen --add` for one."""
+    possible = nested(plan.problem)
+    if len(possible) <= max(len(choice.branches) for choice in (*plan.launches, *plan.beaten)):
+        return None
+    return possible, "+".join(f"{w}:{r}" for w, r in (plan.problem.branches[branch] for branch in possible))
 
 
 def _counted(branches: tuple[int, ...]) -> str:
@@ -99,7 +146,10 @@ def _branch(problem: Problem, choice: Choice) -> str:
     return f"branch {choice.branch}, {segment}, dilation {dilation}, {problem.rows(choice.branch)} rows{order}"
 
 
-def _ragged(problem: Problem, choice: Choice) -> str:
+def _tails(problem: Problem, choice: Choice) -> str | None:
+    """Why a launch masks its tails; None where it does not, or where a pass always does."""
+    if choice.wider or choice.variant.even:
+        return None
     why = why_ragged(problem, choice.branch, choice.op, choice.config, choice.variant.one_tile)
     return why or "no even text of this pattern is rendered"
 
@@ -110,6 +160,11 @@ def _passed(choice: Choice) -> Iterator[str]:
     width = max((len(rung) for rung, _ in choice.passed), default=0)
     for rung, sentence in choice.passed:
         yield f"          {rung:{width}}  {sentence}"
+
+
+def _addable(problem: Problem, choice: Choice) -> str | None:
+    """What to give `python -m codegen --add` for a text of a launch's own, which it has not."""
+    return _pattern(problem, choice.branch) if choice.variant.dilation is None else None
 
 
 def _pattern(problem: Problem, branch: int) -> str | None:
