@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,6 +130,44 @@ def test_time_left_is_by_what_this_start_did(
     assert first == "10 problems to tune, 6 of them done before"
     assert second.startswith("[7/10, 60 s left] standin fwd fp32 [144, 2]: 64x32_w4_s2 10.0 us (fastest, default 12.0")
     assert third.startswith("[8/10, 20 s left]") and third.endswith("no candidate works; the journal has the reasons")
+
+
+def test_no_more_time_is_left_than_of_the_budget(
+    capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]
+) -> None:
+    """`tune --budget 30s` that promises an hour."""
+    lines = progress.Lines(budget_s=30.0)
+    lines.begin(tasks=10, done=0)
+    clock(20.0)
+    for _ in range(9):
+        lines.picked(TASKS["fwd"], None)
+    clock(15.0)
+    lines.picked(TASKS["fwd"], None)
+    left = [line.partition("]")[0] for line in capsys.readouterr().err.splitlines()[1:]]
+    # Each of 20 s, then of 10, ...; the last one ends when the budget is spent.
+    assert left[0] == "[1/10, 10 s left" and left[7] == "[8/10, 5 s left" and left[9] == "[10/10, 0 s left"
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "gone", "left"),
+    [(3600.0, 0.0, "1:00:00"), (math.inf, 0.0, "-:--:--"), (30.0, 20.0, "0:00:10"), (math.inf, 20.0, "0:00:40")],
+)
+def test_a_bar_knows_the_budget(budget_s: float, gone: float, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on a terminal: before the first task is done, the budget is all that is known."""
+    monkeypatch.setattr("sys.stderr", terminal := _Terminal())
+    bar = progress.shown(budget_s)
+    assert isinstance(bar, progress.Bar)
+    now = [1000.0]
+    monkeypatch.setattr(bar._bar, "get_time", lambda: now[0])
+    bar.begin(3, 0)
+    if gone:
+        bar._bar.advance(bar._row, 0)
+        now[0] += gone
+        bar.picked(TASKS["fwd"], None)
+    bar._bar.refresh()
+    bar.end()
+    drawn = terminal.getvalue().rpartition("left")[2].split()
+    assert drawn[0] == left
 
 
 def test_a_bar_is_for_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

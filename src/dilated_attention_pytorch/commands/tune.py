@@ -160,7 +160,7 @@ def run(chosen: argparse.Namespace) -> int:
         settings = replace(settings, compiler=None, race_us=CPU_RACE_US, finals_us=CPU_FINALS_US)
     command = shlex.join(["dilated-attention", *sys.argv[1:]])
     ranked = read_ranking(chosen.from_screen, device) if chosen.from_screen else None
-    bar = progress.shown()
+    bar = progress.shown(chosen.budget)
     journal = tune(tasks, device, machine.run_row(device, command), settings, ranked=ranked, progress=bar)
     found = summary.values(journal, tasks, settings.journal, root)
     print(json.dumps(found, indent=2) if chosen.json else summary.text(found))

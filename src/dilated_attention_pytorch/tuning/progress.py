@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from .journal import Pick
@@ -12,16 +14,21 @@ from .search import candidate_of
 from .tune import Progress
 
 
-def shown(quiet: bool = False) -> Progress:
-    """What suits where stderr goes: a bar if that is a terminal and rich is installed."""
+def shown(budget_s: float = math.inf, *, quiet: bool = False) -> Progress:
+    """What suits where stderr goes: a bar if that is a terminal and rich is installed.
+
+    Args:
+        budget_s: Seconds that the run may take.
+        quiet: Show nothing.
+    """
     if quiet:
         return Progress()
     if sys.stderr.isatty():
         try:
-            return Bar()
+            return Bar(budget_s)
         except ImportError:
             pass
-    return Lines()
+    return Lines(budget_s)
 
 
 def title(task: Task) -> str:
@@ -44,7 +51,10 @@ def outcome(task: Task, pick: Pick | None) -> str:
 
 
 class Lines(Progress):
-    """A line when a task is done, with the number of tasks and the time that is left."""
+    """A line when a task is done, with the number of tasks and the time that is left, of the budget at most."""
+
+    def __init__(self, budget_s: float = math.inf) -> None:
+        self._budget_s = budget_s
 
     def begin(self, tasks: int, done: int) -> None:
         """Say what is ahead."""
@@ -55,29 +65,45 @@ class Lines(Progress):
     def picked(self, task: Task, pick: Pick | None) -> None:
         """Say what came of it."""
         self._done += 1
-        each = (time.monotonic() - self._begun) / (self._done - self._before)
-        left = f"{each * (self._tasks - self._done):.0f} s left"
+        gone = time.monotonic() - self._begun
+        expected = gone / (self._done - self._before) * (self._tasks - self._done)
+        left = f"{min(expected, _of_budget(self._budget_s, gone)):.0f} s left"
         print(f"[{self._done}/{self._tasks}, {left}] {outcome(task, pick)}", file=sys.stderr, flush=True)
 
 
+def _of_budget(budget_s: float, gone: float) -> float:
+    """Seconds that are left of it."""
+    return max(budget_s - gone, 0.0)
+
+
 class Bar(Progress):
-    """rich's bar, below a line for each task that is done.
+    """rich's bar, below a line for each task that is done; the time that is left is of the budget at most.
 
     Raises:
         ImportError: rich is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget_s: float = math.inf) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
+        from rich.progress import Task as Row
+        from rich.text import Text
+
+        class TimeLeft(ProgressColumn):
+            max_refresh = 0.5
+
+            def render(self, task: Row) -> Text:
+                expected = math.inf if task.time_remaining is None else task.time_remaining
+                left = min(expected, _of_budget(budget_s, task.elapsed or 0.0))
+                return Text("-:--:--" if left == math.inf else str(timedelta(seconds=int(left))))
 
         columns: tuple[Any, ...] = (
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeLeft(),
             TextColumn("{task.description}", markup=False),
         )
         self._bar = RichProgress(*columns, console=Console(stderr=True, highlight=False), transient=True)
