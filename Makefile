@@ -32,7 +32,7 @@ help:
 	@echo "make lint      generated/ against its templates, ruff, mypy"
 	@echo "make generate  render templates/ into generated/"
 	@echo "make bench     time it beside the alternatives; ARGS='--list' and others choose what"
-	@echo "make prove     compile every variant for every GPU we know, without one"
+	@echo "make prove     compile every variant for every GPU we know, and draw plans for each, without one"
 	@echo "make gpu-test  every kernel against the oracle, on this machine's GPU"
 	@echo "With PYTHON=... or in an active environment that has torch, that one is used; else .venv is made."
 
@@ -68,6 +68,7 @@ bench: $(SETUP)
 prove: $(SETUP) .envs/triton-3.6.0
 	$(call need,$(TESTS) triton)
 	PROVE=all $(PY) -m pytest -q -n auto -m compile
+	PROVE=all $(PY) -m pytest -q -n auto tests/runtime/test_fallback.py
 	PROVE=all PYTHONPATH=$(CURDIR)/.envs/triton-3.6.0:$(PYTHONPATH) $(PY) -m pytest -q -n auto -m compile tests/test_tune_db.py
 
 gpu-test: $(SETUP)

@@ -44,6 +44,9 @@ SHARED_BYTES = {
 LEAST_SHARED_BYTES = 49_152
 """What every CUDA GPU grants a block without being asked: the limit of an architecture that is not in the table."""
 
+THREADS = 1024
+"""Threads that one block may have, on every GPU we know."""
+
 _TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 
 

@@ -1,45 +1,59 @@
-"""Whatever was measured wherever: no plan holds a launch that its device has not the shared memory for.
+"""Whatever was measured wherever: no plan holds a launch that its device has not the shared memory or the threads for.
 
-Problems, devices and databases are drawn. What a launch really takes is made up here, by a rule that the plan does not
-know: `takes`. Entries claim what it says of the text and the device that they were measured on.
+Problems, toolchains and databases are drawn for every device of devices.yaml. What a launch really takes is made up
+here, by a rule that the plan does not know: `takes`. Entries claim what it says of the text and the device that they
+were measured on. Ordinary runs draw some plans of each device, `make prove` (PROVE=all) 25 times as many.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dilated_attention_pytorch import database, device, generated, heuristics
-from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem, ProblemKey
+from dilated_attention_pytorch.config import BACKWARD, EVERY_OP, IN_GLUON, OPS, LaunchConfig, Problem, ProblemKey
+from dilated_attention_pytorch.config import next_power_of_two as power
 from dilated_attention_pytorch.database import Database, Entry
-from dilated_attention_pytorch.device import Device
+from dilated_attention_pytorch.device import Device, Toolchain
+from dilated_attention_pytorch.errors import ConfigError
 from dilated_attention_pytorch.runtime.options import Options
-from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
-from dilated_attention_pytorch.runtime.variants import acting_order
+from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan, step_down
+from dilated_attention_pytorch.runtime.variants import chain, key_of, may_give_all_gradients, rows_of_class
 from dilated_attention_pytorch.variant import Variant
 
 from ..measurements import KERNEL, PROBLEM, TOOLCHAIN, entry
 
 DEVICES = sorted(device.known().values(), key=lambda found: found.name)
-ONE_TILE = "1tile1tile1t"
-GONE = "gonegonegone"
-_NAMES = sorted(generated.names() - {"delta"})
-KERNELS = {
-    KERNEL: tuple(name for name in _NAMES if not Variant.from_name(name).one_tile),
-    ONE_TILE: tuple(name for name in _NAMES if Variant.from_name(name).one_tile),
-}
-DRAWN = settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROVE = os.environ.get("PROVE") == "all"
+DRAWS = 1000 if PROVE else 40
+"""Plans of each device; three times as many of those that have texts in Gluon besides."""
+THREADS = 1024
+"""Of a block, on every GPU there is."""
+ONE_TILE, CHAIN, RING, GONE = "1tile1tile1t", "chainchainch", "ringringring", "gonegonegone"
+_VARIANTS = [Variant.from_name(name) for name in sorted(generated.names() - {"delta"})]
 
 
-def takes(op: str, problem: Problem, config: LaunchConfig, arch: str, one_tile: bool) -> int:
-    """Bytes of shared memory, as the compiler of this file has it: a text of one tile takes a third."""
-    looped = heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch)
-    return looped // 3 if one_tile else looped
+def text_of(variant: Variant) -> str:
+    """The hash that entries of a text of this kind bear."""
+    if variant.wider:
+        return CHAIN
+    return RING if variant.ring else ONE_TILE if variant.one_tile else KERNEL
+
+
+KERNELS = {kind: tuple(v.name for v in _VARIANTS if text_of(v) == kind) for kind in (KERNEL, ONE_TILE, CHAIN, RING)}
+SHARE = {KERNEL: 1.0, ONE_TILE: 1 / 3, CHAIN: 7 / 8, RING: 1.0, GONE: 1.0}
+"""Of what the plan estimates, as the compiler of this file has it: each text takes what its kind does."""
+
+
+def takes(op: str, problem: Problem, config: LaunchConfig, arch: str, kind: str) -> int:
+    """Bytes of shared memory that a text of a kind takes."""
+    return int(heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, arch) * SHARE[kind])
 
 
 class InMemory(Database):
@@ -52,86 +66,196 @@ class InMemory(Database):
             for found in measured:
                 shelf[found.key.op] = {**shelf.get(found.key.op, {}), found.key: found}
 
-    def configs(self, arch: str, op: str) -> set[LaunchConfig]:
+    def configs(self, arch: str, op: str) -> set[LaunchConfig | object]:
         """What was measured of an op on an architecture."""
         return {found.config for name in self.devices(arch) for found in self.entries(arch, name, op).values()}
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    order = draw(st.sampled_from(["none", "none", "snake", "hilbert"]))
-    heads = draw(st.sampled_from([1, 3, 8, 12]))
-    dtype = draw(st.sampled_from(["bf16", "fp16", "fp32"]))
-    branch = st.tuples(st.sampled_from([16, 64, 128, 128, 500, 2048, 1 << 17]), st.sampled_from([1, 1, 2, 4, 7]))
+CHAINS = sorted({variant.levels for variant in _VARIANTS if variant.wider})
+SHORT = [(64, 1), (64, 2), (128, 1), (128, 2), (256, 2), (256, 4)]
+"""Whose gradients one launch may give."""
+LONG = [(16, 1), (500, 7), (2048, 1), (2048, 2), (4096, 2), (2048, 4), (1 << 17, 4)]
+APART = [((1024, 1), (3072, 6)), ((2048, 2), (512, 1))]
+"""Branches that no text computes in one pass."""
+
+
+def problem_of(chance: Random) -> Problem:
+    """Half of them are what chains, rings, descriptors and joint gradients are for; the others whatever a call asks."""
+    return _plain(chance) if chance.random() < 0.5 else _mixed(chance)
+
+
+def _plain(chance: Random) -> Problem:
+    heads = chance.choice([4, 8])
     return Problem(
-        dtype=dtype,
-        batch=draw(st.integers(1, 4)),
-        length=draw(st.sampled_from([1, 37, 128, 1024, 4099, 65536])),
+        dtype=chance.choice(["bf16", "fp16"]),
+        batch=chance.choice([1, 2]),
+        length=chance.choice([8192, 8192, 65536, 65536, 65536 - 3]),
         heads=heads,
-        kv_heads=draw(st.sampled_from([heads, 1])),
-        head_dim=8 * draw(st.integers(1, 32)),
-        branches=tuple(draw(st.lists(branch, min_size=1, max_size=2))),
-        queries=draw(st.sampled_from(["dilated", "all"])),
-        order=order,
-        row_width=draw(st.sampled_from([5, 64])) if order == "snake" else 0,
-        causal=draw(st.booleans()),
-        mask=draw(st.booleans()),
-        tf32=dtype == "fp32" and draw(st.booleans()),
+        kv_heads=chance.choice([heads, heads, heads, heads // 2]),
+        head_dim=chance.choice([32, 64, 64, 128, 128, 128]),
+        branches=chance.choice([(chance.choice(SHORT),), chance.choice(CHAINS), (chance.choice(LONG),), *APART]),
+        causal=chance.random() < 0.5,
     )
 
 
-_powers = st.sampled_from([16, 16, 32, 64, 128, 256])
-configs = st.builds(LaunchConfig, _powers, _powers, num_warps=st.sampled_from([2, 4, 8]), num_stages=st.integers(1, 5))
+def _mixed(chance: Random) -> Problem:
+    order = chance.choice(["none", "none", "snake", "hilbert"])
+    heads = chance.choice([1, 3, 8, 12])
+    dtype = chance.choice(["bf16", "fp16", "fp32"])
+    return Problem(
+        dtype=dtype,
+        batch=chance.randint(1, 4),
+        length=chance.choice([1, 37, 128, 1024, 4099, 65536]),
+        heads=heads,
+        kv_heads=chance.choice([heads, 1]),
+        head_dim=8 * chance.randint(1, 32),
+        branches=tuple(chance.choice([*SHORT, *LONG]) for _ in range(chance.randint(1, 2))),
+        queries=chance.choice(["dilated", "all"]),
+        order=order,
+        row_width=chance.choice([5, 64]) if order == "snake" else 0,
+        causal=chance.random() < 0.5,
+        mask=chance.random() < 0.5,
+        dropout=chance.random() < 0.2,
+        tf32=dtype == "fp32" and chance.random() < 0.5,
+    )
 
 
-@st.composite
-def questions(draw: st.DrawFn) -> tuple[Problem, Device, InMemory]:
-    """A problem, a device, perhaps with less memory than its name says, and what was measured there and elsewhere."""
-    problem, asked = draw(problems()), draw(st.sampled_from(DEVICES))
-    if draw(st.booleans()):
-        asked = replace(asked, shared_bytes=draw(st.integers(1, asked.shared_bytes)))
+def config_of(chance: Random, op: str, problem: Problem, branch: int) -> LaunchConfig:
+    """Tiles; those of all gradients often hold a segment."""
+    loads = chance.choice(["pointer", "descriptor", "descriptor", "ring", "producer"])
+    if loads == "producer":
+        return LaunchConfig(128, chance.choice([64, 128]), 8, chance.randint(1, 4), loads=loads)
+    if loads == "ring":
+        config = LaunchConfig(chance.choice([64, 128]), chance.choice([64, 128]), 4, chance.randint(1, 4), loads=loads)
+    else:
+        block_m, block_n = chance.choices([16, 32, 64, 64, 128, 256], k=2)
+        warps = chance.choice([2, 4, 4, 8, 8, 32])
+        config = LaunchConfig(block_m, block_n, warps, chance.randint(1, 5), loads=loads)
+    side = max(power(problem.rows(branch)), 16)
+    if op == BACKWARD and side <= 256 and chance.random() < 0.8:
+        return replace(config, block_m=chance.choice([config.block_m, side]), block_n=side)
+    return config
+
+
+Question = tuple[Problem, Device, InMemory, Toolchain, Options]
+
+
+def question_of(named: Device, number: int) -> Question:
+    """A problem, the device, perhaps with less memory than its name says, and what was measured there and elsewhere."""
+    chance = Random(f"{named.name} {number}")
+    problem, asked = problem_of(chance), named
+    if chance.random() < 0.3:
+        asked = replace(asked, shared_bytes=chance.randint(1, asked.shared_bytes))
     near = [found for found in DEVICES if found.arch == asked.arch]
+    together = chain(problem, generated.names())
     entries: dict[str, list[Entry]] = {}
-    for _ in range(draw(st.integers(0, 6))):
-        where = draw(st.sampled_from(near) if draw(st.booleans()) else st.sampled_from(DEVICES))
-        op, config = draw(st.sampled_from(OPS)), draw(configs)
-        kernel = draw(st.sampled_from([KERNEL, KERNEL, ONE_TILE, GONE]))
-        branch = draw(st.integers(0, len(problem.branches) - 1))
-        claims = takes(op, problem, config, where.arch, one_tile=kernel != KERNEL)
-        measured = entry(op, problem, branch=branch, config=config, shared_bytes=claims, kernel=kernel)
-        key = replace(measured.key, order=acting_order(problem, branch))
-        if draw(st.booleans()):
-            ((rows, stride),) = key.branches
-            key = replace(key, branches=((2 * rows, stride),))
+    for _ in range(chance.randint(0, 10)):
+        where = chance.choice([named, chance.choice(near), chance.choice(near), chance.choice(DEVICES)])
+        op = chance.choice(EVERY_OP)
+        branches: tuple[int, ...] = (chance.randrange(len(problem.branches)),)
+        if together and op in OPS and chance.random() < 0.7:
+            branches = together
+        config = config_of(chance, op, problem, branches[0])
+        own = CHAIN if len(branches) > 1 else RING if config.loads in IN_GLUON else KERNEL
+        kind = chance.choice([own, own, own, ONE_TILE, GONE])
+        claims = takes(op, problem, config, where.arch, kind)
+        measured = entry(op, problem, branch=branches, config=config, shared_bytes=claims, kernel=kind)
+        key = key_of(problem, op, *branches)
+        if chance.random() < 0.4:
+            (rows, stride), *wider = key.branches
+            key = replace(key, branches=((2 * rows, stride), *wider))
         entries.setdefault(where.name, []).append(replace(measured, key=key))
-    return problem, asked, InMemory(entries)
+    chosen: tuple[tuple[str, LaunchConfig], ...] = ()
+    if chance.random() < 0.1:
+        op = chance.choice(EVERY_OP)
+        chosen = ((op, config_of(chance, op, problem, 0)),)
+    triton = chance.choice([TOOLCHAIN.triton, TOOLCHAIN.triton, TOOLCHAIN.triton, "3.7.1", "3.5.0"])
+    return problem, asked, InMemory(entries), Toolchain(triton), Options(config=chosen)
 
 
 def choices(found: Plan) -> list[Choice]:
     return list(found.launches)
 
 
-def test_no_launch_exceeds_its_device() -> None:
-    """A config of a large GPU on a small one, of another architecture, or of a text that takes less: it cannot launch.
+def exceeded(choice: Choice, question: Question) -> str | None:
+    """The limit of its device that a launch goes beyond."""
+    problem, asked, committed, toolchain, _ = question
+    config, arch = choice.config, asked.arch
+    need = takes(choice.op, problem, config, arch, text_of(choice.variant))
+    if need > asked.shared_bytes:
+        return f"{need:,} bytes of shared memory, of {asked.shared_bytes:,}"
+    if config.num_warps * asked.warp_size > THREADS:
+        return f"{config.num_warps * asked.warp_size:,} threads"
+    if choice.variant.ring != (config.loads in IN_GLUON):
+        return f"{config.loads} for the text {choice.variant.name}"
+    if choice.variant.ring and not (arch == "sm_90" and heuristics.takes_rings(arch, problem.head_dim, problem.dtype)):
+        return f"a ring on {arch} at head_dim {problem.head_dim} in {problem.dtype}"
+    if choice.variant.ring and toolchain.triton == "3.5.0":
+        return "a text in Gluon, which this Triton does not compile"
+    if choice.op == BACKWARD and may_give_all_gradients(problem, choice.branches, config, choice.variant):
+        return "all gradients of a segment that no tile holds"
+    if choice.wider and rows_of_class(problem, choice.branches) % max(config.block_m, config.block_n):
+        return "tiles across the segments of a chain"
+    untuned = choice.rung in ("heuristic", "floor", "config")
+    known = untuned or config in committed.configs(arch, choice.op)
+    return None if known else f"a configuration that nobody measured on {arch}, of rung {choice.rung}"
 
-    The draws have to meet every rung: those that never find a measurement prove nothing of measurements.
-    """
-    reached: set[str] = set()
 
-    @DRAWN
-    @given(questions())
-    def walk(question: tuple[Problem, Device, InMemory]) -> None:
-        problem, asked, committed = question
-        found = plan(problem, asked, toolchain=TOOLCHAIN, committed=committed)
-        reached.add(found.backend)
+def drawn(asked: Device, numbers: range) -> Counter[str]:
+    """What the draws of one device came to: backends, rungs, operations, loads; each plan within the limits."""
+    reached: Counter[str] = Counter()
+    for number in numbers:
+        question = question_of(asked, number)
+        problem, where, committed, toolchain, options = question
+        try:
+            found = plan(problem, where, None, options, toolchain=toolchain, committed=committed)
+        except ConfigError as error:
+            assert options.config and "options(config=...)" in str(error)
+            reached["refused"] += 1
+            continue
+        reached.update((found.backend, asked.name))
         for choice in choices(found):
-            reached.add(choice.rung)
-            need = takes(choice.op, problem, choice.config, asked.arch, choice.variant.one_tile)
-            assert need <= asked.shared_bytes, f"{choice.variant.name} {choice.config.name} from rung {choice.rung}"
-            assert choice.rung in ("heuristic", "floor") or choice.config in committed.configs(asked.arch, choice.op)
+            told = (
+                f"draw {number} of {asked.name}: {choice.op} {choice.variant.name} {choice.config.name}, {choice.rung}"
+            )
+            assert exceeded(choice, question) is None, f"{told}: {exceeded(choice, question)}"
+            reached.update((choice.rung, choice.op, choice.config.loads, f"{choice.op} {choice.config.loads}"))
+            if choice.wider:
+                reached[f"chain {choice.config.loads}"] += 1
+            if where is asked and choice.op != BACKWARD:  # what runs if the launch fails nevertheless
+                smaller = step_down(problem, choice)
+                assert exceeded(smaller, question) is None, f"{told}, stepped down: {exceeded(smaller, question)}"
+    return reached
 
-    walk()
-    assert reached >= {"exact", "silicon", "nearest", "arch", "stale", "heuristic", "floor", "triton", "torch"}
+
+EVERYWHERE = {
+    "exact",
+    "stale",
+    "heuristic",
+    "floor",
+    "config",
+    "refused",
+    "triton",
+    "torch",
+    *EVERY_OP,
+    "chain pointer",
+}
+ON_HOPPER = {"silicon", "nearest", "descriptor", "ring", "producer", "chain descriptor", "bwd ring"}
+"""What draws have to come to: those that never find a measurement prove nothing of measurements."""
+GROUPS = [[asked] for asked in DEVICES] if PROVE else [DEVICES]
+
+
+@pytest.mark.parametrize("asked", GROUPS, ids=lambda group: group[0].name if len(group) == 1 else "every device")
+def test_no_launch_exceeds_its_device(asked: list[Device]) -> None:
+    """A config of a large GPU on a small one, of another architecture, or of a text that takes less: no launch."""
+    union: Counter[str] = Counter()
+    for found in asked:
+        union += drawn(found, range(DRAWS * (3 if found.arch == "sm_90" else 1)))
+    assert {found.name for found in asked} <= {*union}
+    assert {*union} >= EVERYWHERE
+    assert "arch" in union or len(asked) == 1  # no device of another chip
+    if any(found.arch == "sm_90" for found in asked):
+        assert {*union} >= ON_HOPPER
 
 
 @pytest.mark.parametrize("asked", DEVICES, ids=lambda found: found.name)
@@ -144,7 +268,7 @@ def test_what_is_too_large_is_passed_over_on_every_device(asked: Device, tmp_pat
     for options in (Options(), Options(database=tmp_path)):
         for choice in choices(plan(PROBLEM, asked, None, options, toolchain=TOOLCHAIN, committed=committed)):
             assert choice.rung in ("heuristic", "floor")
-            assert takes(choice.op, PROBLEM, choice.config, asked.arch, one_tile=False) <= asked.shared_bytes
+            assert takes(choice.op, PROBLEM, choice.config, asked.arch, KERNEL) <= asked.shared_bytes
 
 
 def test_a_near_entry_of_one_tile_is_weighed_as_the_text_that_runs() -> None:
@@ -153,7 +277,7 @@ def test_a_near_entry_of_one_tile_is_weighed_as_the_text_that_runs() -> None:
     config = LaunchConfig(128, 128, num_warps=8, num_stages=3)
     asked = device.simulated("h100")
     key = replace(ProblemKey.of(problem, "fwd", 0), branches=((512, 1),))
-    claimed = takes("fwd", problem, config, asked.arch, one_tile=True)
+    claimed = takes("fwd", problem, config, asked.arch, ONE_TILE)
     small = replace(asked, shared_bytes=claimed + 1000)
     measured = replace(entry("fwd", problem, config=config, shared_bytes=claimed, kernel=ONE_TILE), key=key)
     committed = InMemory({asked.name: [measured]})

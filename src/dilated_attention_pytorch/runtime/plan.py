@@ -694,6 +694,9 @@ def _no_ring(question: _Question, op: str, config: LaunchConfig) -> str | None:
 
 
 def _too_big(device: Device, config: LaunchConfig, need: int) -> str | None:
+    threads = config.num_warps * device.warp_size
+    if threads > devices.THREADS:
+        return f"{config.name} needs {threads:,} threads a block; {device.name} has {devices.THREADS:,}"
     if need <= device.shared_bytes:
         return None
     return f"{config.name} needs {need:,} bytes of shared memory a block; {device.name} has {device.shared_bytes:,}"
