@@ -138,7 +138,7 @@ def expand(patterns: Iterable[Pattern]) -> dict[Variant, str]:
                     variant = Variant(segment, None, order, queries, even=even)
                     reasons_of[variant] = f"{reason}; {EVEN}" if even else reason
                     if variant.ringable:
-                        reasons_of[replace(variant, ring=True)] = f"{reason}; {RING}"
+                        reasons_of[replace(variant, ring=True)] = f"{reason}; {RING if even else 'on Hopper'}"
     for queries, even in itertools.product(QUERIES, (False, True)):
         reason = "any other segment, one tile is one" if even else "any other segment that one tile holds"
         variant = Variant(None, None, queries=queries, one_tile=True, even=even)

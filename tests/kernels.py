@@ -109,13 +109,15 @@ def pattern_case(
         segment, length = branches[0][0], min(branches[-1][0], 4 * branches[0][0])
         length += 0 if variant.even else segment // 3 + 1
     elif variant.segment == "full":
-        segment, length = 1 << 20, (even_rows * rate if variant.even else 62 * rate + 1)
+        segment, length = 1 << 20, (even_rows * rate if variant.even else (250 if variant.ring else 62) * rate + 1)
     else:
         segment = variant.segment or free_segment
         # Five segments of 128 cut a row of the snake that runs backwards: two do not, and where every step is kept the
         # snake would be left out.
         segments = 5 if variant.order == "snake" and rate == 1 else 2
         length = segment * segments if variant.even else segment * segments + segment // 3 + 1
+    if variant.ring:
+        length -= length % rate  # kept steps are rows of a matrix
     return Case(
         N=length,
         branches=branches or ((segment, rate),),
@@ -135,7 +137,8 @@ def _unrendered(variant: Variant, even_rows: int) -> tuple[int | str, int]:
     """A segment and a rate for a general text, for which no text of its own takes the call."""
     texts = map(Variant.from_name, generated.names() - {"delta"})
     special = {(text.segment, text.dilation) for text in texts}
-    pairs: Iterator[tuple[int | str, int]] = ((segment, 3) for segment in count(100) if segment % 3)
+    shortest = 1000 if variant.ring else 100
+    pairs: Iterator[tuple[int | str, int]] = ((segment, 3) for segment in count(shortest) if segment % 3)
     if variant.even or variant.segment == "full":
         rates = count(4 if variant.one_tile else 3)
         pairs = ((variant.segment or even_rows * rate, rate) for rate in rates)

@@ -100,7 +100,8 @@ _ALL_GRADIENTS_ON_HOPPER = {
 }
 PRODUCED_ROWS = {False: 512, True: 2048}
 """Segments of fewer rows have too few tiles for CTAs that stay: causal ones more, whose tiles take unequal times."""
-RING_HEAD_DIMS = (64, 128)
+RING_HEAD_DIMS = (48, 64, 80, 96, 112, 128)
+"""Multiples of what a product sums up at once, in tiles of 64 and 128 columns."""
 GLUON = ("3.6", "3.9")
 """Oldest and newest Triton whose compiler has taken the texts in Gluon, which Triton calls experimental."""
 RING_BARRIERS = 1280
@@ -172,11 +173,12 @@ def default(
         if causal and arch == "sm_90" and op == "fwd" and row_bytes <= 128:
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
-    if arch == "sm_90" and takes_descriptors(arch, head_dim, dtype) and min(queries, keys) >= DESCRIBED_ROWS:
-        rings = _RINGS_ON_HOPPER[op].get(row_bytes, ())
+    if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:
+        rings = _RINGS_ON_HOPPER[op].get(row_bytes, ()) if takes_rings(arch, head_dim, dtype) else ()
         if min(queries, keys) < PRODUCED_ROWS[causal]:
             rings = tuple(config for config in rings if config.loads != "producer")
-        described = [*rings, *_DESCRIBED_ON_HOPPER[op].get(row_bytes, ())]
+        by_descriptor = takes_descriptors(arch, head_dim, dtype)
+        described = [*rings, *(_DESCRIBED_ON_HOPPER[op].get(row_bytes, ()) if by_descriptor else ())]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
     return list(dict.fromkeys((*described, *configs)))
 
@@ -224,7 +226,7 @@ def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
 
 
 def takes_rings(arch: str, head_dim: int, dtype: str) -> bool:
-    """There are texts in Gluon: for Hopper's tensor cores, at the head dimensions they were measured at."""
+    """There are texts in Gluon: for Hopper's tensor cores."""
     return arch == "sm_90" and head_dim in RING_HEAD_DIMS and dtype in ("bf16", "fp16")
 
 
@@ -248,11 +250,11 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
         stay, loop = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
         tiles = stay * (1 if op == "fwd" else 2) + 2 * loop * config.num_stages
         if op == BACKWARD:  # four tensors of a segment, dS on its way to dq, and a result on its way out
-            width = (4 * config.num_stages + 1) * head_dim + config.block_m
+            width = (4 * config.num_stages + 1) * padded_head_dim(head_dim) + config.block_m
             return config.block_n * width * DTYPE_BYTES[dtype] + RING_BARRIERS
         # Beside a producer, out passes from one layout to the other while the next tiles come in.
         out = config.block_m if config.loads == "producer" else 0
-        return (tiles + out) * head_dim * DTYPE_BYTES[dtype] + RING_BARRIERS
+        return (tiles + out) * padded_head_dim(head_dim) * DTYPE_BYTES[dtype] + RING_BARRIERS
     if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
         return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
     if op == BACKWARD:

@@ -56,8 +56,8 @@ class Variant:
         even: Nothing is ragged: the segments fill N, and the tiles fill the segments. No tail mask.
         wider: (segment, dilation) of further branches that are computed in the same pass, a chain: each segment length
             and each dilation rate divides the next, the largest rate the smallest segment.
-        ring: Written in Gluon for Hopper, beside the even text in Triton: the kernel keeps a ring of tiles of its own.
-            Where one tile holds a segment there is but a launch for all gradients.
+        ring: Written in Gluon for Hopper, beside the text in Triton: the kernel keeps a ring of tiles of its own. Where
+            one tile holds a segment there is but a launch for all gradients.
     """
 
     segment: int | str | None
@@ -88,7 +88,9 @@ class Variant:
         if self.even and isinstance(self.segment, int) and self.segment % (self.dilation or 1):
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
         if self.ring and not self.ringable:
-            raise ConfigError("a ring of tiles is for one branch, even, whose steps are tokens: the kept ones")
+            raise ConfigError(
+                "a ring of tiles is for one branch whose steps are tokens, the kept ones: even, or general and in loops"
+            )
         if self.wider:
             self._check_chain()
 
@@ -101,12 +103,15 @@ class Variant:
     @property
     def described(self) -> bool:
         """Its tiles may be loaded by tensor descriptors, whose rows are whole rows of memory."""
-        return bool(self.wider) or (self.even and self.order == "none")
+        return bool(self.wider) or self.ring or (self.even and self.order == "none")
 
     @property
     def ringable(self) -> bool:
         """There may be a text beside it, or it is that text, whose kernels keep a ring of tiles of their own."""
-        return self.described and not self.wider and self.queries == "dilated"
+        if self.wider or (self.order, self.queries) != ("none", "dilated"):
+            return False
+        general = self.dilation is None and not self.one_tile
+        return self.even or general
 
     @property
     def joinable(self) -> bool:

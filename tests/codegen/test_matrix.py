@@ -58,6 +58,8 @@ def test_every_order_and_kind_of_queries_has_its_general_variants() -> None:
         "general_even_ring",
         "full_even_ring",
         "general_one_even_ring",
+        "general_ring",
+        "full_ring",
     }
 
 

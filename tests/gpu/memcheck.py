@@ -33,6 +33,7 @@ KINDS = (
     "general_one_even",
     "s4096_d2_even_ring",
     "general_one_even_ring",
+    "general_ring",
 )
 
 if __name__ == "__main__":
@@ -41,7 +42,8 @@ if __name__ == "__main__":
         if variant.ring and torch.cuda.get_device_capability() != (9, 0):
             continue
         # By descriptor and all gradients at once, or rows that a mask cuts off.
-        case = pattern_case(variant, D=64 if variant.described and variant.even else 24, dtype="bf16", causal=True)
+        width = 48 if name == "general_ring" else 64 if variant.described and variant.even else 24
+        case = pattern_case(variant, D=width, dtype="bf16", causal=True)
         config = chosen_config(variant) if variant.joinable else None if variant.wider else pattern_config(variant)
         inputs = make_inputs(case, "cuda")
         assert name in variants_run(case, inputs, config)

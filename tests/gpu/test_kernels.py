@@ -168,7 +168,11 @@ def test_ring_of_tiles(name: str, causal: bool, record: Callable[..., None]) -> 
     variant = Variant.from_name(name)
     number = list(VARIANTS).index(variant) + causal
     case = pattern_case(
-        variant, heads=4, D=(64, 128)[number % 2], dtype=("bf16", "fp16")[number // 2 % 2], causal=causal
+        variant,
+        heads=4,
+        D=((64, 128) if variant.even else (48, 96))[number % 2],
+        dtype=("bf16", "fp16")[number // 2 % 2],
+        causal=causal,
     )
     case, config = replace(case, B=2), RINGS[number % len(RINGS)]
     assert variants_run(case, make_inputs(case, "cuda"), config) == {name}
@@ -195,6 +199,46 @@ def test_what_a_ring_shares_with_others(case: Case, tiles: int, record: Callable
     """What earlier branches wrote, lost or taken twice; places of a ring that go on from one head to the next."""
     assert all(name.endswith("_ring") for name in variants_run(case, make_inputs(case, "cuda"), RINGS[tiles]))
     _run(case, case.dtype, record, RINGS[tiles])
+
+
+RAGGED = {
+    "tail": Case(N=2000, branches=((768, 1),), B=2, H=4, G=2, D=64, dtype="bf16"),
+    "causal": Case(N=2000, branches=((1000, 2),), B=2, H=4, D=128, causal=True, head_offset="blocked", dtype="fp16"),
+    "short-head": Case(N=1020, branches=((509, 4),), B=2, H=6, D=64, dtype="bf16"),
+    "short-head-causal": Case(N=1020, branches=((509, 4),), H=8, G=2, D=96, causal=True, dtype="bf16"),
+    "gigapath": Case(N=1200, branches=((256, 1), (580, 2), (2000, 4), (9000, 8)), H=16, D=48, dtype="bf16"),
+    "columns": Case(N=1024, branches=((512, 1),), B=2, H=5, D=112, causal=True, dtype="fp16"),
+    "rows-and-columns": Case(N=1500, branches=((700, 3),), H=3, D=80, head_offset="zero", dtype="bf16"),
+}
+
+
+@hopper
+@pytest.mark.parametrize("tiles", range(len(RINGS)))
+@pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
+def test_a_ragged_ring(case: Case, tiles: int, record: Callable[..., None]) -> None:
+    """Keys behind a tail, columns of the next head, or steps of the next segment."""
+    assert variants_run(case, make_inputs(case, "cuda"), RINGS[tiles]) <= {"general_ring", "full_ring"}
+    _run(case, case.dtype, record, RINGS[tiles])
+
+
+@hopper
+@pytest.mark.parametrize("tiles", range(len(RINGS)))
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_a_nan_stays_in_its_segment_and_head(tiles: int, head_dim: int) -> None:
+    """0 times NaN: tiles are loaded with rows of the next segment and columns of the next head."""
+    case = Case(N=800, branches=((400, 2),), H=4, D=head_dim, dtype="bf16")
+    inputs = make_inputs(case, "cuda")
+    clean = run_kernels(case, inputs, RINGS[tiles])
+    for name in ("q", "k", "v", "dout"):
+        spoiled = getattr(inputs, name).clone()
+        spoiled[:, 400:] = torch.nan
+        spoiled[:, :400, 2] = torch.nan
+        actual = run_kernels(case, inputs._replace(**{name: spoiled}), RINGS[tiles])
+        for result, expected in zip(actual, clean, strict=True):
+            per_head = result.transpose(1, 2) if result.dim() == 4 else result
+            expected = expected.transpose(1, 2) if expected.dim() == 4 else expected
+            kept = [0, 1, 3]
+            assert torch.equal(per_head[:, kept, :400], expected[:, kept, :400]), name
 
 
 HELD = (

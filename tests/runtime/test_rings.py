@@ -48,14 +48,13 @@ def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int, causal: bool, l
 @pytest.mark.parametrize(
     "change",
     [
-        {"length": 8100},
-        {"branches": ((2050, 2),)},
+        {"length": 8101},
         {"mask": True},
         {"dropout": True},
         {"queries": "all"},
         {"order": "hilbert"},
         {"head_offset": "table"},
-        {"head_dim": 96},
+        {"head_dim": 72},
         {"dtype": "fp32"},
         {"query_range": (100, 8192)},
     ],
@@ -65,6 +64,24 @@ def test_what_they_do_not_know_runs_in_triton(tmp_path: Path, change: dict[str, 
     """A mask that is not asked, a tail that is read as keys, a group's heads that keep other steps."""
     found = untuned(tmp_path, replace(EVEN, **change))  # type: ignore[arg-type]
     assert not any(choice.variant.ring or choice.config.loads in ("ring", "producer") for choice in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"length": 8100}, "general_ring"),
+        ({"branches": ((2050, 2),)}, "general_ring"),
+        ({"branches": ((2049, 2),)}, "general_ring"),
+        ({"head_dim": 48}, "general_ring"),
+        ({"head_dim": 112, "kv_heads": 2}, "general_ring"),
+        ({"length": 1000}, "full_ring"),
+    ],
+    ids=str,
+)
+def test_tails_of_rows_and_columns_are_known(tmp_path: Path, change: dict[str, object], text: str) -> None:
+    """Half the speed for every length and head_dim that is no power of two."""
+    found = untuned(tmp_path, replace(EVEN, **change))  # type: ignore[arg-type]
+    assert {choice.variant.name for choice in found} == {text}
 
 
 @pytest.mark.parametrize(
@@ -155,13 +172,16 @@ def test_ctas_that_stay_are_not_taken_over_by_small_segments(
     assert ("too few tiles" in dict(found.launches[0].passed).get("nearest", "")) == (rung == "heuristic")
 
 
-def test_a_measured_ring_does_not_speak_for_ragged_calls(tmp_path: Path) -> None:
-    """The same key, and a tail: the ring has no text for it, and the next rung has to answer."""
+def test_a_measured_ring_speaks_for_tails_as_far_as_they_are_known(tmp_path: Path) -> None:
+    """The same key, and a tail: where the ring has no text for it the next rung has to answer."""
     database_at(tmp_path, {"h100": [entry(problem=EVEN, config=RING)]})
-    ragged = replace(EVEN, length=8190)
+    known = replace(EVEN, length=8190)
+    found = plan(known, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
+    assert (found.launches[0].rung, found.launches[0].variant.name) == ("exact", "general_ring")
+    ragged = replace(EVEN, length=8191)
     found = plan(ragged, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
     assert (found.launches[0].rung, found.launches[0].variant.ring) == ("heuristic", False)
-    assert "do not fill the segments, or these not the sequence" in dict(found.launches[0].passed)["exact"]
+    assert "N 8191 is no multiple of dilation 2" in dict(found.launches[0].passed)["exact"]
 
 
 def prepared(config: LaunchConfig, **moved: torch.Tensor) -> tuple[object, dict[str, object], int]:

@@ -364,19 +364,24 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
         "p_dout": (asked, config.block_m),
     }
     used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
-    if not all(_is_describable(values[name], values, stride) for name, (stride, _) in used.items()):
+    padded = choice.variant.ring and not choice.variant.even  # its kernels leave out what is no column of theirs
+    if not (padded or values["HEAD_DIM"] == values["BLOCK_D"]):
         return {}
-    make = _descriptor_of_ring if choice.variant.ring else _descriptor
-    return {"TMA": True} | {name: make(values[name], *tile) for name, tile in used.items()}
+    if not all(_is_describable(values[name], stride) for name, (stride, _) in used.items()):
+        return {}
+    if choice.variant.ring:
+        made = {name: _descriptor_of_ring(values[name], *tile, values["BLOCK_D"]) for name, tile in used.items()}
+    else:
+        made = {name: _descriptor(values[name], *tile) for name, tile in used.items()}
+    return {"TMA": True} | made
 
 
-def _is_describable(x: Tensor, values: Mapping[str, Any], stride: int) -> bool:
+def _is_describable(x: Tensor, stride: int) -> bool:
     """Rows of `stride` steps of (B, N, heads, D) are those of a matrix that the hardware can be told of."""
     one_matrix = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     one_matrix &= (x.shape[2] - 1) * x.stride(2) + x.shape[3] <= x.stride(1)  # a step's heads lie within its row
     aligned = x.data_ptr() % 16 == 0 and stride * x.stride(1) * x.element_size() % 16 == 0 and x.stride(1) > 0
-    unpadded = values["HEAD_DIM"] == values["BLOCK_D"] and x.stride(3) == 1
-    return one_matrix and aligned and unpadded and x.shape[1] % stride == 0
+    return one_matrix and aligned and x.stride(3) == 1 and x.shape[1] % stride == 0
 
 
 def _descriptor(x: Tensor, stride: int, block: int) -> Any:
@@ -386,12 +391,12 @@ def _descriptor(x: Tensor, stride: int, block: int) -> Any:
     return TensorDescriptor(x, *_matrix(x, stride), [block, x.shape[3]])
 
 
-def _descriptor_of_ring(x: Tensor, stride: int, block: int) -> Any:
+def _descriptor_of_ring(x: Tensor, stride: int, block: int, columns: int) -> Any:
     """The same for a text in Gluon, which says how a tile lies in shared memory."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    tile = [block, x.shape[3]]
+    tile = [block, columns]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
     return TensorDescriptor(x, *_matrix(x, stride), tile, layout)
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, Problem, ProblemKey, head_offsets
+from ..config import (
+    BACKWARD,
+    BY_KEYS,
+    IN_GLUON,
+    LaunchConfig,
+    Problem,
+    ProblemKey,
+    head_offsets,
+    next_power_of_two,
+)
 from ..variant import Variant, is_chain
 
 HELD_BY_A_RING = (64, 128)
@@ -125,9 +134,22 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
     if op == BACKWARD and problem.heads != problem.kv_heads:
         return "a ring gives all gradients of keys that one head asks"
-    if not _even(problem, branch, op, config, one_tile=False):
-        return f"tiles of {config.name} do not fill the segments, or these not the sequence"
+    if _fills(problem, branch, op, config):
+        return None
+    if op == BACKWARD:
+        return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
+    if problem.padding == "zeros" or problem.head_offset == "table" or not _asks_whole_segments(problem, branch):
+        return "a ragged ring knows no phantom keys, no table of offsets, and no part of a segment"
+    rate = problem.branches[branch][1]
+    if problem.length % rate:
+        return f"N {problem.length} is no multiple of dilation {rate}, so the kept steps are no rows of a matrix"
     return None
+
+
+def _fills(problem: Problem, branch: int, op: str, config: LaunchConfig) -> bool:
+    """Nothing is ragged: neither rows of tiles nor columns."""
+    unpadded = problem.head_dim == next_power_of_two(problem.head_dim)
+    return unpadded and _even(problem, branch, op, config, one_tile=False)
 
 
 def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, texts: frozenset[str]) -> Variant | None:
@@ -151,7 +173,10 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
             return None
         one = op == BACKWARD
         patterns = (pattern for pattern in _patterns(problem, branch) if not (one and pattern[0] == "full"))
-        rings = (Variant(*pattern, one_tile=one, even=True, ring=True) for pattern in patterns)
+        if _fills(problem, branch, op, config):
+            rings = (Variant(*pattern, one_tile=one, even=True, ring=True) for pattern in patterns)
+        else:
+            rings = (Variant(*pattern, ring=True) for pattern in patterns if pattern[1] is None)
         return next((variant for variant in rings if variant.name in texts), None)
     order = acting_order(problem, branch)
     one_tile = _one_tile(problem, branch, op, config)
