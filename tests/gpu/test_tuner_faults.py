@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from dilated_attention_pytorch import device
 from dilated_attention_pytorch.config import Problem
@@ -23,6 +21,7 @@ from dilated_attention_pytorch.tuning.space import Candidate
 from dilated_attention_pytorch.tuning.worker import Raised, Worker, wait_for_any
 
 pytestmark = pytest.mark.gpu
+triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 PROBLEM = Problem("fp16", batch=1, length=512, heads=2, kv_heads=2, head_dim=32, branches=((256, 2),))
 
 
