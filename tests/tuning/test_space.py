@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from dilated_attention_pytorch import device, heuristics
+from dilated_attention_pytorch import device, generated, heuristics
 from dilated_attention_pytorch.config import EVERY_OP, OPS, LaunchConfig
+from dilated_attention_pytorch.runtime.variants import text_for
 from dilated_attention_pytorch.tuning import problems, space
 from dilated_attention_pytorch.tuning.problems import Task
+from dilated_attention_pytorch.variant import Variant
 from dilated_attention_pytorch.workloads import WORKLOADS
 
 H100 = device.simulated("h100")
@@ -111,6 +113,29 @@ def test_candidates_are_legal_and_the_default_leads(name: str) -> None:
             need = heuristics.shared_bytes(task.op, problem.head_dim, problem.dtype, candidate.config, gpu.arch)
             assert need <= 1.1 * gpu.shared_bytes
             assert candidate.config.num_stages == 1 or gpu.arch != "sm_75"
+
+
+@pytest.mark.parametrize("gpu", ["h100", "rtx-5090"])
+@pytest.mark.parametrize("preset", problems.PRESETS)
+def test_every_kind_of_launch_is_in_the_race(preset: str, gpu: str) -> None:
+    """What loads by pointers is timed nowhere, because tiles near a default in a ring fill the list."""
+    on, limit = device.simulated(gpu), problems.PRESETS[preset].candidates
+    asked = problems.of_calls(problems.preset(preset), on)
+    several = 0
+    for task in asked:
+        every = space.space(task, on)
+        raced = [candidate.config for candidate in every[:limit]]
+        loads = {config.loads for config in raced}
+        assert loads >= {candidate.config.loads for candidate in every}, title(task)
+        assert all(loads_so in loads or not space._grid(task, on, loads_so) for loads_so in space._all_loads(task, on))
+        assert _texts(task, raced) == _texts(task, [candidate.config for candidate in every]), title(task)
+        several += len(loads) > 1
+    assert several > len(asked) / 3
+
+
+def _texts(task: Task, configs: list[LaunchConfig]) -> set[Variant | None]:
+    branches = problems.every_branch(task.problem)
+    return {text_for(task.problem, branches, task.op, config, generated.names()) for config in configs}
 
 
 def test_a_space_is_neither_a_handful_nor_a_day() -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .. import generated, heuristics
 from ..call_config import ROWS, CallConfig
 from ..config import BACKWARD, BY_KEYS, IN_GLUON, LaunchConfig, head_offsets, next_power_of_two
 from ..device import CPU, Device
+from ..runtime.plan import untuned
 from ..runtime.refusals import cudnn_runs, cudnn_takes
 from ..runtime.torch_calls import Budget, calls
 from ..runtime.variants import may_give_all_gradients, query_rows, refuses_ring, rows_of_class, stood_in_for, text_for
+from ..variant import Variant
 from .problems import Task, default_config, every_branch
 
 KERNEL, TORCH, CUDNN, APART = "kernel", "torch", "cudnn", "apart"
@@ -203,16 +206,42 @@ CALL_COORDINATES = (
 def space(task: Task, device: Device) -> list[Candidate]:
     """Every candidate of a task on a device, the most promising first, the untuned default leading.
 
-    Promising is near the default: so few steps of a factor of two away. Candidates are kernels; on a CPU, ways to cut a
-    branch into calls of torch's.
+    Promising is near the default: so few steps of a factor of two away. One of every other way to load and of every
+    other text goes before them, since no step leads there. Candidates are kernels; on a CPU, ways to cut a branch into
+    calls of torch's.
     """
     if device.arch == CPU:
         return _ways_to_call(task, device)
     default = default_config(task, device)
-    grid = itertools.product(*(c.values(task, device) for c in COORDINATES))
-    found = {config for values in grid if _allowed(task, device, config := _config(values))}
-    ranked = sorted(found - {default}, key=lambda config: (_steps_away(config, default), config.name))
-    return [Candidate.of(config) for config in (default, *ranked)]
+    ranked = _nearest_first(_grid(task, device), default)
+    return [Candidate.of(c) for c in dict.fromkeys((default, *_of_other_kinds(task, device, default, ranked), *ranked))]
+
+
+def _grid(task: Task, device: Device, loads: Value = None) -> list[LaunchConfig]:
+    """What the rules allow of the values that are tried from the start; by these loads alone where any are named."""
+    values = [(loads,) if c.name == "loads" and loads else c.values(task, device) for c in COORDINATES]
+    return [config for found in itertools.product(*values) if _allowed(task, device, config := _config(found))]
+
+
+def _nearest_first(configs: Iterable[LaunchConfig], default: LaunchConfig) -> list[LaunchConfig]:
+    return sorted(configs, key=lambda config: (_steps_away(config, default), config.name))
+
+
+def _of_other_kinds(
+    task: Task, device: Device, default: LaunchConfig, ranked: Iterable[LaunchConfig]
+) -> Iterator[LaunchConfig]:
+    """The most promising of each way to load, and of each text, that is not the default's: untuned defaults first."""
+    branches, texts = every_branch(task.problem), generated.names()
+    offered = untuned(task.problem, branches, task.op, device.arch, texts)
+    seen: set[Value | Variant] = {default.loads, text_for(task.problem, branches, task.op, default, texts)}
+    for config in (*filter(partial(_allowed, task, device), offered), *ranked):
+        kinds = {config.loads, text_for(task.problem, branches, task.op, config, texts)}
+        if not kinds <= seen:
+            seen |= kinds
+            yield config
+    for loads in _all_loads(task, device):
+        if loads not in seen:
+            yield from _nearest_first(_grid(task, device, loads), default)[:1]
 
 
 def neighbours(task: Task, device: Device, candidate: Candidate) -> list[Candidate]:
