@@ -207,8 +207,8 @@ def space(task: Task, device: Device) -> list[Candidate]:
     """Every candidate of a task on a device, the most promising first, the untuned default leading.
 
     Promising is near the default: so few steps of a factor of two away. One of every other way to load and of every
-    other text goes before them, since no step leads there. Candidates are kernels; on a CPU, ways to cut a branch into
-    calls of torch's.
+    other text goes before them: the few steps around the best hardly ever lead there. Candidates are kernels; on a CPU,
+    ways to cut a branch into calls of torch's.
     """
     if device.arch == CPU:
         return _ways_to_call(task, device)
