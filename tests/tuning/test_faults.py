@@ -342,6 +342,28 @@ def test_what_a_failed_candidate_may_have_spoilt_is_drawn_anew(task: Task, raise
     assert not found.wrong and found.error < 1e-5
 
 
+def spoiling(scene: Scene, candidate: Candidate) -> Launcher:
+    """Clears what it reads, and gives what comes of nothing."""
+
+    def launcher(outputs: Outputs) -> Launch:
+        def run() -> None:
+            for read in (scene.q, scene.k, scene.v, scene.dout):
+                read.zero_()
+            for output in outputs.values():
+                output.zero_()
+
+        return run
+
+    return launcher
+
+
+@pytest.mark.parametrize("task", tasks(), ids=told)
+def test_who_spoils_what_it_reads_is_not_held_to_less_for_it(task: Task) -> None:
+    """The rounding that is allowed, worked out from spoilt inputs: as large as the error, so that it is none."""
+    ask = bench("cpu", DEVICE, {"torch": spoiling})
+    assert checked(ask, task, Candidate("torch")).wrong
+
+
 # ---- Finals that no process survives ---------------------------------------------------------------------------------
 
 FINALS_US = 4321.0

@@ -50,6 +50,7 @@ class Scene:
         expected: What they must hold after it.
         alone: What the branch gives by itself, all gradients in a backward: an external route merges nothing.
         rounded: The same by the oracle's formula in the dtype of q; empty until somebody asks.
+        sums: Of the bits of q, k, v and dout as they were drawn.
     """
 
     problem: Problem
@@ -71,6 +72,7 @@ class Scene:
     expected: Outputs
     alone: Outputs
     rounded: Outputs
+    sums: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:

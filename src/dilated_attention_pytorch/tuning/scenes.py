@@ -25,13 +25,15 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 def small(problem: Problem) -> Problem:
     """Two segments of one batch element: the texts that the problem runs, and soon computed in float64.
 
-    Of several branches one segment of a wider one, with four of the narrowest.
+    Of several branches one segment of a wider one, with four of the narrowest. A multiple of the dilation rate stays one.
     """
     segment = problem.segment(0)
     if len(problem.branches) > 1:
         return _of_length(problem, min(problem.length, 4 * segment + problem.length % segment))
-    tail = problem.length % segment
-    return _of_length(problem, min(problem.length, (segment if tail else 2 * segment) + tail))
+    tail, rate = problem.length % segment, problem.branches[0][1]
+    length = min(problem.length, (segment if tail else 2 * segment) + tail)
+    # Kept steps that are rows of a matrix are so here.
+    return _of_length(problem, length if problem.length % rate else length - length % rate)
 
 
 def ragged(problem: Problem) -> Problem:
@@ -93,7 +95,14 @@ def drawn(problem: Problem, device: Device, where: torch.device, seed: int, exac
     inputs.out, inputs.lse = found["out"].to(q.dtype), found["lse"].float()
     inputs.delta = (dout.double() * found["out"].double()).sum(-1).transpose(1, 2).float().contiguous()
     inputs.alone = found
+    inputs.sums = sums(inputs)
     return inputs
+
+
+def sums(inputs: Scene) -> tuple[int, ...]:
+    """Of the bits of what a kernel reads: others where one wrote to it."""
+    read = (inputs.q, inputs.k, inputs.v, inputs.dout)
+    return tuple(int(tensor.view(torch.uint8).sum(dtype=torch.int64)) for tensor in read)
 
 
 def asked(inputs: Scene, op: str, merge: bool, seed: int) -> Scene:
