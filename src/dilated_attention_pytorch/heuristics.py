@@ -74,7 +74,7 @@ _DESCRIBED_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
 _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
     "fwd": {
         128: (
-            LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+            LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),
             LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
         ),
         256: (

@@ -25,7 +25,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 def small(problem: Problem) -> Problem:
     """Two segments of one batch element: the texts that the problem runs, and soon computed in float64.
 
-    Of several branches one segment of a wider one, with four of the narrowest. A multiple of the dilation rate stays one.
+    Of several branches one segment of a wider one, with four of the narrowest. What the rate divides, it divides here.
     """
     segment = problem.segment(0)
     if len(problem.branches) > 1:
