@@ -116,8 +116,6 @@ def pattern_case(
         # snake would be left out.
         segments = 5 if variant.order == "snake" and rate == 1 else 2
         length = segment * segments if variant.even else segment * segments + segment // 3 + 1
-    if variant.ring:
-        length -= length % rate  # kept steps are rows of a matrix
     return Case(
         N=length,
         branches=branches or ((segment, rate),),

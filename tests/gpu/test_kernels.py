@@ -203,12 +203,13 @@ def test_what_a_ring_shares_with_others(case: Case, tiles: int, record: Callable
 
 RAGGED = {
     "tail": Case(N=2000, branches=((768, 1),), B=2, H=4, G=2, D=64, dtype="bf16"),
-    "causal": Case(N=2000, branches=((1000, 2),), B=2, H=4, D=128, causal=True, head_offset="blocked", dtype="fp16"),
+    "causal": Case(N=2001, branches=((1000, 2),), B=2, H=4, D=128, causal=True, head_offset="blocked", dtype="fp16"),
     "short-head": Case(N=1020, branches=((509, 4),), B=2, H=6, D=64, dtype="bf16"),
     "short-head-causal": Case(N=1020, branches=((509, 4),), H=8, G=2, D=96, causal=True, dtype="bf16"),
-    "gigapath": Case(N=1200, branches=((256, 1), (580, 2), (2000, 4), (9000, 8)), H=16, D=48, dtype="bf16"),
+    "gigapath": Case(N=1203, branches=((256, 1), (580, 2), (2000, 4), (9000, 8)), H=16, D=48, dtype="bf16"),
     "columns": Case(N=1024, branches=((512, 1),), B=2, H=5, D=112, causal=True, dtype="fp16"),
-    "rows-and-columns": Case(N=1500, branches=((700, 3),), H=3, D=80, head_offset="zero", dtype="bf16"),
+    "rows-and-columns": Case(N=1501, branches=((700, 3),), B=3, H=3, D=80, head_offset="zero", dtype="bf16"),
+    "steps": Case(N=1027, branches=((512, 4), (2048, 16)), B=2, H=16, D=64, dtype="bf16"),
 }
 
 
@@ -226,7 +227,7 @@ def test_a_ragged_ring(case: Case, tiles: int, record: Callable[..., None]) -> N
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
 def test_a_nan_stays_in_its_segment_and_head(tiles: int, head_dim: int) -> None:
     """0 times NaN: tiles are loaded with rows of the next segment and columns of the next head."""
-    case = Case(N=800, branches=((400, 2),), H=4, D=head_dim, dtype="bf16")
+    case = Case(N=803, branches=((400, 2),), B=2, H=4, D=head_dim, dtype="bf16")
     inputs = make_inputs(case, "cuda")
     clean = run_kernels(case, inputs, RINGS[tiles])
     for name in ("q", "k", "v", "dout"):
@@ -274,12 +275,13 @@ def test_all_gradients_in_ctas_that_stay(case: Case, config: LaunchConfig, recor
 
 
 @hopper
+@pytest.mark.parametrize("length", [2048, 2001])
 @pytest.mark.parametrize("tiles", [0, 3])
-def test_ranges_of_whole_segments_in_a_ring(tiles: int, record: Callable[..., None]) -> None:
+def test_ranges_of_whole_segments_in_a_ring(tiles: int, length: int, record: Callable[..., None]) -> None:
     """Rows of a range counted from the sequence's start; keys of segments that no query of it asks."""
-    case = Case(N=2048, branches=((512, 2),), D=64, causal=True, dtype="bf16")
+    case = Case(N=length, branches=((512, 2),), D=64, causal=True, dtype="bf16")
     inputs = make_inputs(case, "cuda")
-    actual = run_ranges(case, inputs, (0, 512, 1536, 2048), RINGS[tiles]["fwd"], ops=["fwd"])
+    actual = run_ranges(case, inputs, (0, 512, 1536, length), RINGS[tiles]["fwd"], ops=["fwd"])
     record(actual, oracle(case, inputs), "bf16", dout=inputs.dout)
 
 

@@ -364,24 +364,33 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
         "p_dout": (asked, config.block_m),
     }
     used = {name: tile for name, tile in tiles.items() if name in kernel.arg_names}
-    padded = choice.variant.ring and not choice.variant.even  # its kernels leave out what is no column of theirs
-    if not (padded or values["HEAD_DIM"] == values["BLOCK_D"]):
+    tails = choice.variant.ring and not choice.variant.even  # of rows and columns, which its kernels leave out
+    if not (tails or values["HEAD_DIM"] == values["BLOCK_D"]):
         return {}
-    if not all(_is_describable(values[name], stride) for name, (stride, _) in used.items()):
+    if not all(_is_describable(values[name], stride, tails) for name, (stride, _) in used.items()):
         return {}
-    if choice.variant.ring:
-        made = {name: _descriptor_of_ring(values[name], *tile, values["BLOCK_D"]) for name, tile in used.items()}
-    else:
-        made = {name: _descriptor(values[name], *tile) for name, tile in used.items()}
+    if not choice.variant.ring:
+        return {"TMA": True} | {name: _descriptor(values[name], *tile) for name, tile in used.items()}
+    columns = values["BLOCK_D"]
+    made: dict[str, Any] = {name: _descriptor_of_ring(values[name], *tile, columns) for name, tile in used.items()}
+    if tails:
+        steps = {"q_tail": values["p_q"], "k_tail": values["p_k"]}
+        made |= {name: x.shape[0] * x.shape[1] % values["DILATION"] for name, x in steps.items()}
+        for name, tile in used.items():
+            made[f"{name}_last"] = _descriptor_of_ring(values[name], *tile, columns, last=True)
     return {"TMA": True} | made
 
 
-def _is_describable(x: Tensor, stride: int) -> bool:
-    """Rows of `stride` steps of (B, N, heads, D) are those of a matrix that the hardware can be told of."""
+def _is_describable(x: Tensor, stride: int, tails: bool) -> bool:
+    """Rows of `stride` steps of (B, N, heads, D) are those of a matrix that the hardware can be told of.
+
+    Of all steps in turn there may be a tail, if a kernel knows of it; else each sequence has whole rows.
+    """
     one_matrix = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     one_matrix &= (x.shape[2] - 1) * x.stride(2) + x.shape[3] <= x.stride(1)  # a step's heads lie within its row
     aligned = x.data_ptr() % 16 == 0 and stride * x.stride(1) * x.element_size() % 16 == 0 and x.stride(1) > 0
-    return one_matrix and aligned and x.stride(3) == 1 and x.shape[1] % stride == 0
+    whole = x.shape[0] * x.shape[1] >= stride if tails else x.shape[1] % stride == 0
+    return one_matrix and aligned and x.stride(3) == 1 and whole
 
 
 def _descriptor(x: Tensor, stride: int, block: int) -> Any:
@@ -391,14 +400,25 @@ def _descriptor(x: Tensor, stride: int, block: int) -> Any:
     return TensorDescriptor(x, *_matrix(x, stride), [block, x.shape[3]])
 
 
-def _descriptor_of_ring(x: Tensor, stride: int, block: int, columns: int) -> Any:
-    """The same for a text in Gluon, which says how a tile lies in shared memory."""
+def _descriptor_of_ring(x: Tensor, stride: int, block: int, columns: int, *, last: bool = False) -> Any:
+    """The same for a text in Gluon, which says how a tile lies in shared memory.
+
+    Args:
+        x: (B, N, heads, D).
+        stride: Steps of a row of the matrix.
+        block: Rows of a tile.
+        columns: Of a tile; what lies beyond a row is read as 0.
+        last: The last row too, if it has fewer steps: the matrix has the columns of these alone.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     tile = [block, columns]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(x, *_matrix(x, stride), tile, layout)
+    (rows, width), strides = _matrix(x, stride)
+    if last and (tail := x.shape[0] * x.shape[1] % stride):
+        rows, width = rows + 1, tail * x.stride(1)
+    return TensorDescriptor(x, [rows, width], strides, tile, layout)
 
 
 def _matrix(x: Tensor, stride: int) -> tuple[list[int], list[int]]:

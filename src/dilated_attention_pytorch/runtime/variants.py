@@ -140,9 +140,6 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
     if problem.padding == "zeros" or problem.head_offset == "table" or not _asks_whole_segments(problem, branch):
         return "a ragged ring knows no phantom keys, no table of offsets, and no part of a segment"
-    rate = problem.branches[branch][1]
-    if problem.length % rate:
-        return f"N {problem.length} is no multiple of dilation {rate}, so the kept steps are no rows of a matrix"
     return None
 
 

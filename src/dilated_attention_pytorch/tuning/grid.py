@@ -31,8 +31,8 @@ def calls() -> list[Problem]:
 
     - bf16 at head dimensions 64 and 128, causal or not: 64, 256, 512 and 8192 rows, beside the workloads' 2048, causal
       without 256. Bytes decide below 500 rows or so, products above, and a loop of 8192 rows runs as one of 16384 does.
-    - The same with a short last segment, whose tiles no descriptor loads: 192, 768 and 3072 rows, causal without 192.
-      Even calls and ragged ones of the same rows have one key, so these have rows of their own.
+    - The same with a short last segment: 192, 768 and 3072 rows, causal without 192. Even calls and ragged ones of the
+      same rows have one key, so these have rows of their own.
     - bf16 at 48 and 96: 128, 1024 and 8192 rows; causal one. fp16, for which bf16's picks win too: 1024.
     - fp32: 128 and 2048 rows at 64 and 128, else 512; causal at 64.
     - A single segment is a kind of its own, as its last branch is in every model here: bf16, 512 and 4096 rows.

@@ -147,9 +147,7 @@ def asking(key: ProblemKey, variant: Variant | None = None) -> Problem | None:
         padding="zeros" if "zeros" in key.flags else "none",
         tf32="tf32" in key.flags,
     )
-    # In a ring kept steps are rows of a matrix, ragged or not.
-    short = stride if variant is not None and variant.ring else 1
-    lengths = (whole,) if variant is None or variant.even else (whole - short, whole)
+    lengths = (whole,) if variant is None or variant.even else (whole - 1, whole)
     # A snake may change nothing: one of these widths cuts a row that runs backwards, if any does.
     widths = (near_square(whole), max(segment - 1, 1)) if key.order == "snake" else (0,)
     for length, width in itertools.product(lengths, widths):

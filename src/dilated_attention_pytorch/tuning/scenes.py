@@ -25,15 +25,13 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 def small(problem: Problem) -> Problem:
     """Two segments of one batch element: the texts that the problem runs, and soon computed in float64.
 
-    Of several branches one segment of a wider one, with four of the narrowest. What the rate divides, it divides here.
+    Of several branches one segment of a wider one, with four of the narrowest.
     """
     segment = problem.segment(0)
     if len(problem.branches) > 1:
         return _of_length(problem, min(problem.length, 4 * segment + problem.length % segment))
-    tail, rate = problem.length % segment, problem.branches[0][1]
-    length = min(problem.length, (segment if tail else 2 * segment) + tail)
-    # Kept steps that are rows of a matrix are so here.
-    return _of_length(problem, length if problem.length % rate else length - length % rate)
+    tail = problem.length % segment
+    return _of_length(problem, min(problem.length, (segment if tail else 2 * segment) + tail))
 
 
 def ragged(problem: Problem) -> Problem:
