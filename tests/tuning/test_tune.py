@@ -390,7 +390,13 @@ def test_another_machines_run_is_not_gone_on_with(quick: Settings) -> None:
 
 @pytest.mark.parametrize(
     ("op", "loads", "tailed"),
-    [("fwd", "ring", False), ("fwd", "descriptor", True), ("dkdv", "ring", False), ("bwd", "descriptor", True)],
+    [
+        ("fwd", "ring", True),
+        ("fwd", "descriptor", True),
+        ("dkdv", "ring", True),
+        ("bwd", "descriptor", True),
+        ("bwd", "ring", False),
+    ],
 )
 def test_who_runs_on_ragged_sizes(op: str, loads: str, tailed: bool) -> None:
     """A winner that is thrown away, because it was asked to run what no call would give it."""

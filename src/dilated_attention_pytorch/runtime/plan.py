@@ -22,6 +22,7 @@ from .options import DEFAULTS, Options
 from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
     chain,
+    fills,
     key_of,
     may_give_all_gradients,
     query_rows,
@@ -550,7 +551,8 @@ def untuned(
     if op == BACKWARD:
         configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     else:
-        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal)
+        tails = not fills(problem, branches[0], op, heuristics.RING)
+        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal, tails=tails)
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 

@@ -164,7 +164,10 @@ def _passed(choice: Choice) -> Iterator[str]:
 
 def _addable(problem: Problem, choice: Choice) -> str | None:
     """What to give `python -m codegen --add` for a text of a launch's own, which it has not."""
-    return _pattern(problem, choice.branch) if choice.variant.dilation is None else None
+    text = choice.variant
+    if text.dilation is not None or (text.ring and (text.one_tile or not text.even)):
+        return None  # of these there are general ones alone
+    return _pattern(problem, choice.branch)
 
 
 def _pattern(problem: Problem, branch: int) -> str | None:

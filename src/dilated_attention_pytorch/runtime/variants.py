@@ -134,7 +134,7 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
     if op == BACKWARD and problem.heads != problem.kv_heads:
         return "a ring gives all gradients of keys that one head asks"
-    if _fills(problem, branch, op, config):
+    if fills(problem, branch, op, config):
         return None
     if op == BACKWARD:
         return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
@@ -143,7 +143,7 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
     return None
 
 
-def _fills(problem: Problem, branch: int, op: str, config: LaunchConfig) -> bool:
+def fills(problem: Problem, branch: int, op: str, config: LaunchConfig) -> bool:
     """Nothing is ragged: neither rows of tiles nor columns."""
     unpadded = problem.head_dim == next_power_of_two(problem.head_dim)
     return unpadded and _even(problem, branch, op, config, one_tile=False)
@@ -170,7 +170,7 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
             return None
         one = op == BACKWARD
         patterns = (pattern for pattern in _patterns(problem, branch) if not (one and pattern[0] == "full"))
-        if _fills(problem, branch, op, config):
+        if fills(problem, branch, op, config):
             rings = (Variant(*pattern, one_tile=one, even=True, ring=True) for pattern in patterns)
         else:
             rings = (Variant(*pattern, ring=True) for pattern in patterns if pattern[1] is None)

@@ -30,8 +30,6 @@ RIVAL_FLOPS = 2e10
 
 SMALLEST = LaunchConfig(16, 16)
 """If any tiles fill a segment, these do."""
-SMALLEST_RING = LaunchConfig(64, 64, loads="ring")
-"""And of those of a ring these."""
 
 Value = int | str | bool | None
 Launched = tuple[str, tuple[int, ...], LaunchConfig]
@@ -180,7 +178,7 @@ def _has_ring(task: Task, device: Device) -> bool:
     problem = task.problem
     if not heuristics.takes_rings(device.arch, problem.head_dim, problem.dtype):
         return False
-    config = replace(SMALLEST_RING, block_n=max(problem.rows(0), 64)) if task.op == BACKWARD else SMALLEST_RING
+    config = replace(heuristics.RING, block_n=max(problem.rows(0), 64)) if task.op == BACKWARD else heuristics.RING
     return text_for(problem, every_branch(problem), task.op, config, generated.names()) is not None
 
 
