@@ -15,7 +15,7 @@ KERNELS = {KERNEL: ("general", "general_even")}
 TRITON = "3.6.0"
 TOOLCHAIN = device.Toolchain(TRITON)
 
-PROBLEM = Problem("fp16", batch=1, length=8765, heads=8, kv_heads=8, head_dim=64, branches=((512, 2),))
+PROBLEM = Problem("fp16", batch=2, length=8765, heads=8, kv_heads=8, head_dim=64, branches=((512, 2),))
 """What most tests ask about: 256 rows of stride 2."""
 CONFIG = LaunchConfig(64, 32)
 

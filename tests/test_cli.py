@@ -60,7 +60,8 @@ def test_what_is_given_replaces_what_the_workload_has(capsys: pytest.CaptureFixt
 def test_json_holds_every_launch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A script that reads it needs names and numbers, not sentences alone."""
     database.save(device.simulated("h100"), [entry()], tmp_path)
-    sizes = f"--length {PROBLEM.length} --heads 8 --head-dim 64 --segments 512 --dilations 2 --dtype fp16".split()
+    sizes = f"--batch {PROBLEM.batch} --length {PROBLEM.length} --heads 8 --head-dim 64 --dtype fp16".split()
+    sizes += ["--segments", "512", "--dilations", "2"]
     code, out, _ = run(capsys, "explain", "--gpu", "h100", "--json", "--database", str(tmp_path), *sizes, "--backward")
     found = json.loads(out)
     assert (code, found["backend"], found["device"]["name"]) == (0, "triton", "nvidia-h100-80gb-hbm3")

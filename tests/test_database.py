@@ -63,7 +63,7 @@ FAULTS = {
     "unknown flag": ("flags: []", "flags: [fast]", 4, "must be one of"),
     "unsorted flags": ("flags: []", "flags: [mask, full]", 4, "must be sorted"),
     "unreachable rows": ("[[256, 2]]", "[[257, 2]]", 4, "has 257 rows; keys hold 288"),
-    "unreachable grid": ("grid: 256", "grid: 200", 4, "must be a power of two up to 512"),
+    "unreachable grid": ("grid: 512", "grid: 200", 4, "must be a power of two up to 512"),
     "triple": ("[[256, 2]]", "[[256, 2, 3]]", 4, "a [rows, stride] pair, got 3"),
     "no branches": ("[[256, 2]]", "[]", 4, "is empty"),
     "impossible config": ("block_m: 64", "block_m: 96", 5, "block_m must be a power of two, got 96"),

@@ -97,7 +97,17 @@ _ALL_GRADIENTS_ON_HOPPER = {
     (128, 128): LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
 }
 PRODUCED_ROWS = {False: 512, True: 2048}
-"""Segments of fewer rows have too few tiles for CTAs that stay: causal ones more, whose tiles take unequal times."""
+PRODUCED_PAIRS = {False: 1, True: 256}
+"""Segments of fewer rows, or fewer (segment, head) pairs, have too few tiles for CTAs that stay: causal ones more, as
+their tiles take unequal times. At 128 and fewer causal pairs they take 1.02 to 1.33 times as long as CTAs that do not,
+at 256 and more 0.91 to 0.96."""
+FEW_ROWS = 512
+"""Rows in all pairs for each multiprocessor, of which 64 a tile are done in three rounds: how fast one tile is decides
+then, and not how many share a multiprocessor. dQ at head_dim 64 takes 0.80 to 1.03 of the time in tiles of 128 keys,
+dK/dV 0.6 to 0.96 without a cap on its registers."""
+PADDED_ROWS = 192
+"""Of fewer, rows that are padded to their tile go by pointers in the forward and in dQ: at 128 rows a ring takes 1.14
+to 1.31 times as long, at 512 and 1024 it wins."""
 RING = LaunchConfig(64, 64, loads="ring")
 """The smallest tiles of a ring: if any fill a segment, these do."""
 RING_HEAD_DIMS = (48, 64, 80, 96, 112, 128)
@@ -148,7 +158,16 @@ _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm
 
 
 def default(
-    op: str, head_dim: int, dtype: str, queries: int, keys: int, arch: str, *, causal: bool = False, tails: bool = False
+    op: str,
+    head_dim: int,
+    dtype: str,
+    queries: int,
+    keys: int,
+    arch: str,
+    *,
+    pairs: int | None = None,
+    causal: bool = False,
+    tails: bool = False,
 ) -> list[LaunchConfig]:
     """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
@@ -159,6 +178,7 @@ def default(
         queries: Query rows of a whole segment.
         keys: Key rows of a whole segment.
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
+        pairs: Segments times heads times sequences; None is many.
         causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
         tails: Rows fill no tiles, or columns none, and a ring would have to know of it.
     """
@@ -176,10 +196,15 @@ def default(
     described: list[LaunchConfig] = []
     if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:
         rings = _RINGS_ON_HOPPER[op].get(row_bytes, ()) if takes_rings(arch, head_dim, dtype) else ()
-        if tails and op == "dkdv":
+        few = are_few(pairs, max(queries, keys))
+        if (tails or few) and op == "dkdv":
             rings = tuple(replace(config, maxnreg=None) for config in rings)
-        if min(queries, keys) < PRODUCED_ROWS[causal]:
+        if few and op == "dq" and row_bytes == 128:
+            rings = tuple(replace(config, block_n=128) for config in rings)
+        if not suits_a_producer(min(queries, keys), pairs, causal):
             rings = tuple(config for config in rings if config.loads != "producer")
+        if op != "dkdv" and head_dim != padded_head_dim(head_dim) and min(queries, keys) < PADDED_ROWS:
+            rings = ()
         by_descriptor = takes_descriptors(arch, head_dim, dtype)
         described = [*rings, *(_DESCRIBED_ON_HOPPER[op].get(row_bytes, ()) if by_descriptor else ())]
     configs = [_shrunk(LaunchConfig(*size), queries, keys, padded_head_dim(head_dim)) for size in sizes]
@@ -231,6 +256,16 @@ def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
 def takes_rings(arch: str, head_dim: int, dtype: str) -> bool:
     """There are texts in Gluon: for Hopper's tensor cores."""
     return arch == "sm_90" and head_dim in RING_HEAD_DIMS and dtype in ("bf16", "fp16")
+
+
+def are_few(pairs: int | None, rows: int, sms: int = 132) -> bool:
+    """So few tiles that the last of them leave multiprocessors idle: an H100's, unless told how many there are."""
+    return pairs is not None and pairs * rows <= FEW_ROWS * sms
+
+
+def suits_a_producer(rows: int, pairs: int | None, causal: bool) -> bool:
+    """There are enough tiles for CTAs that stay."""
+    return rows >= PRODUCED_ROWS[causal] and (pairs is None or pairs >= PRODUCED_PAIRS[causal])
 
 
 def reads_gluon(triton: str | None) -> bool:

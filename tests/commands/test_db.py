@@ -246,26 +246,22 @@ def test_what_the_user_measured_is_shown(capsys: pytest.CaptureFixture[str], own
 
 def test_coverage_tells_measured_from_borrowed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A borrowed config that counts as measured hides what is to be tuned."""
-    problem = WORKLOADS["core"].problem()
-    near = replace(entry("dq", problem).key, order="none", branches=((64, 1),))
-    root = saved(tmp_path, replace(entry("fwd", problem), key=replace(entry("fwd", problem).key, order="none")))
-    saved(root, replace(entry("dq", problem), key=near))
-    code, out, _ = run(capsys, "coverage", "--gpu", "h200", "--workload", "core", "--db", root, "--json")
-    launches = json.loads(out)["workloads"]["core"]
-    rungs = {
-        launch["key"]["op"]: launch["rung"]
-        for launch in launches
-        if launch["key"]["branches"] == [[128, 1]] and launch["key"]["dtype"] == "fp32"
-    }
+    problem = WORKLOADS["gigapath"].problem()
+    root = saved(tmp_path, entry("fwd", problem))
+    saved(root, replace(entry("dq", problem), key=replace(entry("dq", problem).key, branches=((512, 1),))))
+    code, out, _ = run(capsys, "coverage", "--gpu", "h200", "--workload", "gigapath", "--db", root, "--json")
+    launches = json.loads(out)["workloads"]["gigapath"]
+    rungs = {launch["key"]["op"]: launch["rung"] for launch in launches if launch["key"]["branches"] == [[1024, 1]]}
     assert (code, rungs) == (0, {"fwd": "silicon", "dkdv": "heuristic", "dq": "nearest"})
     assert json.loads(out)["measured_percent"] == pytest.approx(100 / len(launches))
-    own = json.loads(run(capsys, "coverage", "--gpu", "h100", "--workload", "core", "--db", root, "--json")[1])
+    own = json.loads(run(capsys, "coverage", "--gpu", "h100", "--workload", "gigapath", "--db", root, "--json")[1])
     assert own["entries"]["asked"] - len(own["entries"]["missing"]) == 1
     assert ledger.title(replace(entry("fwd", problem).key, order="none")) not in own["entries"]["missing"]
-    code, out, _ = run(capsys, "coverage", "--gpu", "h200", "--workload", "core", "--db", root, "--fail-under", "50")
+    asked = ("coverage", "--gpu", "h200", "--workload", "gigapath", "--db", root)
+    code, out, _ = run(capsys, *asked, "--fail-under", "50")
     assert code == 1
     assert f"of {len(launches)} launches measured" in out.splitlines()[-1]
-    assert out.splitlines()[-2] == f"core: 0 of {own['entries']['asked']} entries of nvidia-h200 are there"
+    assert out.splitlines()[-2] == f"gigapath: 0 of {own['entries']['asked']} entries of nvidia-h200 are there"
 
 
 def test_the_commands_of_the_documents_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

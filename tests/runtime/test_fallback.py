@@ -273,7 +273,7 @@ def test_what_is_too_large_is_passed_over_on_every_device(asked: Device, tmp_pat
 
 def test_a_near_entry_of_one_tile_is_weighed_as_the_text_that_runs() -> None:
     """Compiled for sm_90, these tiles take 49,152 bytes in the text of one tile, and 114,688 in the one with a loop."""
-    problem = Problem("bf16", 1, 5000, 8, 8, 64, branches=((1024, 1),), queries="all")
+    problem = Problem("bf16", 4, 5000, 8, 8, 64, branches=((1024, 1),), queries="all")
     config = LaunchConfig(128, 128, num_warps=8, num_stages=3)
     asked = device.simulated("h100")
     key = replace(ProblemKey.of(problem, "fwd", 0), branches=((512, 1),))

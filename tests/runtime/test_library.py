@@ -23,7 +23,7 @@ from dilated_attention_pytorch.runtime.refusals import cudnn_takes
 from ..measurements import TOOLCHAIN, database_at, entry
 
 H100 = device.simulated("h100")
-LOCAL = Problem("bf16", 2, 8192, 4, 4, 64, ((512, 1),))
+LOCAL = Problem("bf16", 4, 8192, 4, 4, 64, ((512, 1),))
 
 
 def timed(op: str, us: float, cudnn: float | None, problem: Problem = LOCAL) -> Entry:

@@ -258,7 +258,7 @@ def test_whether_branches_share_a_pass_is_as_measured(tmp_path: Path) -> None:
 
 def test_a_measurement_nearby_decides_too(tmp_path: Path) -> None:
     """A sequence of twice the length, which nobody tuned, goes back to the slower way."""
-    near = entry("dq", replace(NESTED, length=16384, batch=4), branch=CHAIN, apart=80.0, grid=256)
+    near = entry("dq", replace(NESTED, length=16384), branch=CHAIN, apart=80.0, grid=128)
     found = planned(database_at(tmp_path, {"h200": [near]}), NESTED)
     assert found.beaten[0].rung == "nearest"
     assert [branches for branches in passes(found).items() if branches[1] != [CHAIN, (3,)]] == [
@@ -464,11 +464,11 @@ def test_explain_tells_the_whole_story(tmp_path: Path) -> None:
     measured = entry(problem=asked, branches=((288, 2),))
     text = planned(database_at(tmp_path, {"h200": [measured]}), asked).explain()
     for expected in (
-        "fp16, B 1, N 8765, H 8, D 64, queries dilated, offset cyclic, order hilbert, phantom keys",
+        "fp16, B 2, N 8765, H 8, D 64, queries dilated, offset cyclic, order hilbert, phantom keys",
         "nvidia-h100-80gb-hbm3 (sm_90, 132 SMs, 232,448 bytes of shared memory a block, L2 50 MiB, 3352 GB/s)",
         "launch 1: branch 2, segment 8765 (of 100000, N is less), dilation 1, 8765 rows, order none (it changes",
         "general_hilbert  64x32_w4_s2  nearest: 100 us (99 to 101, untuned 125) on nvidia-h200 for [rows, stride]",
-        "[[288, 2]], grid 256, at distance 0.17, Triton 3.6.0, 2026-11-22, fresh",
+        "[[288, 2]], grid 512, at distance 0.17, Triton 3.6.0, 2026-11-22, fresh",
         "silicon  no entry for this problem on another device with this chip",
         "`python -m codegen --add 2993:7:hilbert` renders one",
         "its tails are masked: N 8765 is no multiple of segments of 512",

@@ -164,12 +164,15 @@ def test_ctas_that_stay_are_not_taken_over_by_small_segments(
     tmp_path: Path, rows: int, causal: bool, rung: str
 ) -> None:
     """A pick of 512 rows at 256, where it takes a quarter longer than the untuned default."""
-    measured = replace(WIDE, branches=((2048 if causal else 1024, 2),), causal=causal)
+    wide = replace(WIDE, batch=8, length=16384, causal=causal)
+    measured = replace(wide, branches=((4096 if causal else 2048, 2),))
     database_at(tmp_path, {"h100": [entry(problem=measured, config=PRODUCER)]})
-    asked = replace(WIDE, branches=((2 * rows, 2),), length=16384, causal=causal)
+    asked = replace(wide, batch=32 if causal else 2, branches=((2 * rows, 2),))
     found = plan(asked, device.simulated("h100"), toolchain=TOOLCHAIN, committed=Database(tmp_path, lambda: TEXT))
     assert found.launches[0].rung == rung
-    assert ("too few tiles" in dict(found.launches[0].passed).get("nearest", "")) == (rung == "heuristic")
+    assert ("are too few for CTAs that stay" in dict(found.launches[0].passed).get("nearest", "")) == (
+        rung == "heuristic"
+    )
 
 
 def test_a_measured_ring_speaks_for_tails_as_far_as_they_are_known(tmp_path: Path) -> None:

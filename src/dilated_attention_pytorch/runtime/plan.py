@@ -13,7 +13,7 @@ from .. import _layout, database, generated, heuristics
 from .. import device as devices
 from ..call_config import OPS as CALL_OPS
 from ..call_config import CallConfig
-from ..config import BACKWARD, EVERY_OP, IN_GLUON, RESULTS, LaunchConfig, Problem
+from ..config import BACKWARD, EVERY_OP, IN_GLUON, RESULTS, LaunchConfig, Problem, ProblemKey
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Hit, Lookup, Times
 from ..device import INTERPRETER, Device, Toolchain
 from ..errors import ArgumentError, ConfigError, DatabaseMiss, UnsupportedError
@@ -552,7 +552,10 @@ def untuned(
         configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     else:
         tails = not fills(problem, branches[0], op, heuristics.RING)
-        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, causal=problem.causal, tails=tails)
+        pairs = ProblemKey.of(problem, op, branches[0]).grid
+        configs = heuristics.default(
+            op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal, tails=tails
+        )
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 
@@ -662,16 +665,28 @@ def _unfit(question: _Question, op: str, hit: Hit, stale: bool) -> str | None:
     if hit.distance and alone and hit.entry.time_us.gain < SPEAKS:
         return f"{named} is no reason to leave the untuned default, which took {hit.entry.time_us.default:g} us there"
     rows = problem.rows(question.branches[0])
-    if hit.distance and config.loads == "producer" and rows < heuristics.PRODUCED_ROWS[problem.causal]:
-        return f"{named} was measured on larger segments: {rows} rows make too few tiles for CTAs that stay"
+    near, asked = hit.entry.key, key_of(problem, op, *question.branches)
+    few = (heuristics.are_few(key.grid, _asking_rows(key), device.sms) for key in (near, asked))
+    if hit.distance and alone and any(few):
+        return f"{named} was not measured on this problem, and so few tiles speak for themselves alone"
+    suits = heuristics.suits_a_producer(rows, asked.grid, problem.causal)
+    if hit.distance and config.loads == "producer" and not suits:
+        return f"{named} was measured on more: {asked.grid} segments of {rows} rows are too few for CTAs that stay"
     need = hit.entry.resources.shared_bytes
     text = text_for(problem, question.branches, op, config, question.texts)
     if text is not None and _loads_otherwise(text, hit, device.arch, problem):
         return f"{named} was measured on {'ragged' if text.described else 'whole'} tiles, which are loaded otherwise"
+    if text is not None and hit.distance and alone and _is_of(hit, lambda of: of.even != text.even):
+        return f"{named} was measured {'with tails, here are none' if text.even else 'without tails'}"
     if text is None or text.name not in hit.measured_on:
         # The same tiles take more in another text: one with a loop buffers what a text of one tile holds once.
         need = max(need, heuristics.shared_bytes(op, problem.head_dim, problem.dtype, config, device.arch))
     return _too_big(device, config, need)
+
+
+def _asking_rows(key: ProblemKey) -> int:
+    kept, stride = key.branches[0]
+    return kept if key.queries == "dilated" else kept * stride
 
 
 def _loads_otherwise(text: Variant, hit: Hit, arch: str, problem: Problem) -> bool:
@@ -680,7 +695,12 @@ def _loads_otherwise(text: Variant, hit: Hit, arch: str, problem: Problem) -> bo
         return True
     if not heuristics.takes_descriptors(arch, problem.head_dim, problem.dtype):
         return False
-    return bool(hit.measured_on) and all(Variant.from_name(n).described != text.described for n in hit.measured_on)
+    return _is_of(hit, lambda of: of.described != text.described)
+
+
+def _is_of(hit: Hit, question: Callable[[Variant], bool]) -> bool:
+    """What is asked holds of all texts that an entry was measured on."""
+    return bool(hit.measured_on) and all(question(Variant.from_name(name)) for name in hit.measured_on)
 
 
 def _no_ring(question: _Question, op: str, config: LaunchConfig) -> str | None:
