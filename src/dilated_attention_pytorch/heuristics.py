@@ -129,11 +129,12 @@ _FLOAT32: dict[str, dict[int, _Sizes]] = {
 # Hopper's at D = 64 and 128 are the fastest on an H100: at 128 they spill some 200 bytes a thread, and take 0.5 to 0.9
 # of the time of larger tiles that spill less, as more CTAs share a multiprocessor.
 _FLOOR32: dict[int, _Sizes] = {1024: ((16, 16, 4, 1),)}
+_WIDE_TILES: _Sizes = ((128, 64, 8, 3), (128, 64, 8, 1))
 _SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
     "hopper": {
-        "fwd": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((32, 64, 4, 1),), **_FLOOR32},
+        "fwd": {**dict.fromkeys((64, 128, 256), _WIDE_TILES), 512: ((32, 32, 4, 2),), **_FLOOR32},
         "dkdv": {**dict.fromkeys((64, 128, 256), ((64, 32, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
-        "dq": {**dict.fromkeys((64, 128, 256), ((128, 64, 8, 1),)), 512: ((32, 32, 4, 2),), **_FLOOR32},
+        "dq": {**dict.fromkeys((64, 128, 256), _WIDE_TILES), 512: ((32, 32, 4, 2),), **_FLOOR32},
     },
     "other": {
         "fwd": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
@@ -141,14 +142,19 @@ _SPLIT_FLOAT32: dict[str, dict[str, dict[int, _Sizes]]] = {
         "dq": {**dict.fromkeys((64, 128, 256), ((32, 64, 4, 1),)), 512: ((32, 32, 4, 1),), **_FLOOR32},
     },
 }
-# Of several branches in one pass on Hopper, by loads and op, rows of 128 bytes: measured on an H100.
+# Of several branches in one pass on Hopper, by loads, bytes of a row and op: measured on an H100.
 _CHAINS_ON_HOPPER = {
-    "descriptor": {
+    ("descriptor", 128): {
         "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),
         "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="descriptor"),
         "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="descriptor"),
     },
-    "pointer": {
+    ("descriptor", 256): {
+        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="descriptor"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="descriptor"),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="descriptor"),
+    },
+    ("pointer", 128): {
         "fwd": LaunchConfig(64, 64, num_warps=4, num_stages=3),
         "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=1),
         "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3),
@@ -222,8 +228,8 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
         arch: As there.
     """
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
-    measured = arch == "sm_90" and padded_head_dim(head_dim) * DTYPE_BYTES[dtype] == 128
-    best = [_CHAINS_ON_HOPPER[loads][op]] if measured else []
+    measured = _CHAINS_ON_HOPPER.get((loads, padded_head_dim(head_dim) * DTYPE_BYTES[dtype]), {})
+    best = [measured[op]] if arch == "sm_90" and op in measured else []
     configs = [*best, *(replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))]
     return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
 
