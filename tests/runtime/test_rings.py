@@ -206,6 +206,21 @@ def test_what_no_descriptor_can_be_made_of_runs_by_pointers(config: LaunchConfig
     assert programs == 8 * 8192 // 2 // config.block_m
 
 
+@pytest.mark.parametrize(("length", "rate", "head_dim"), [(8192, 2, 128), (8191, 2, 64), (8190, 4, 48), (1001, 16, 80)])
+@pytest.mark.parametrize("part", [0, 2], ids=["first", "last"])
+def test_no_descriptor_reaches_behind_its_tensor(length: int, rate: int, head_dim: int, part: int) -> None:
+    """A part of a fused projection: behind its last head lies another part, or memory of nobody."""
+    fused = torch.empty((2, length, 3, 8, head_dim), dtype=torch.bfloat16, device="meta")
+    x = fused[:, :, part]
+    for last in (False, True):
+        told = launch._descriptor_of_ring(x, rate, 64, 128, last=last)
+        rows, columns = told.shape
+        assert x.storage_offset() + (rows - 1) * told.strides[0] + columns <= fused.numel()
+        tail = 2 * length % rate if last else 0
+        assert rows == 2 * length // rate + (tail > 0)
+        assert columns == ((tail or rate) - 1) * x.stride(1) + 8 * head_dim
+
+
 def test_a_plan_of_rings_is_explained() -> None:
     """A configuration whose name does not tell which text runs it."""
     found: Plan = plan(

@@ -415,16 +415,20 @@ def _descriptor_of_ring(x: Tensor, stride: int, block: int, columns: int, *, las
 
     tile = [block, columns]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    (rows, width), strides = _matrix(x, stride)
+    shape, strides = _matrix(x, stride)
     if last and (tail := x.shape[0] * x.shape[1] % stride):
-        rows, width = rows + 1, tail * x.stride(1)
-    return TensorDescriptor(x, [rows, width], strides, tile, layout)
+        shape = [shape[0] + 1, _columns(x, tail)]
+    return TensorDescriptor(x, shape, strides, tile, layout)
 
 
 def _matrix(x: Tensor, stride: int) -> tuple[list[int], list[int]]:
     """Shape and strides of the matrix whose rows are `stride` steps."""
-    row = stride * x.stride(1)
-    return [x.shape[0] * x.shape[1] // stride, row], [row, 1]
+    return [x.shape[0] * x.shape[1] // stride, _columns(x, stride)], [stride * x.stride(1), 1]
+
+
+def _columns(x: Tensor, steps: int) -> int:
+    """Of so many steps in turn, up to the last one's last head: what lies behind it may be nobody's memory."""
+    return (steps - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) + x.shape[3]
 
 
 _STEPPED_DOWN: dict[Choice, Choice] = {}
