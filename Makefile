@@ -65,11 +65,12 @@ bench: $(SETUP)
 	$(PY) -m benchmarks $(ARGS)
 
 # Shared memory is compared where the compiler is the one that the database was measured with.
-prove: $(SETUP) .envs/triton-3.6.0
+prove: $(SETUP) .envs/triton-3.6.0 .envs/triton-3.7.1
 	$(call need,$(TESTS) triton)
 	PROVE=all $(PY) -m pytest -q -n auto -m compile
 	PROVE=all $(PY) -m pytest -q -n auto tests/runtime/test_fallback.py
 	PROVE=all PYTHONPATH=$(CURDIR)/.envs/triton-3.6.0:$(PYTHONPATH) $(PY) -m pytest -q -n auto -m compile tests/test_tune_db.py
+	PYTHONPATH=$(CURDIR)/.envs/triton-3.7.1:$(PYTHONPATH) $(PY) -m pytest -q -n auto -m "compile and toolchain"
 
 gpu-test: $(SETUP)
 	$(call need,$(TESTS) triton)
