@@ -70,7 +70,8 @@ _DESCRIBED_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
         256: (LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="descriptor"),),
     },
 }
-# In Gluon, likewise. With tails dK/dV spills in 168 registers: 0.6 to 0.93 of its time without, in the tuning result.
+# In Gluon, likewise. With tails dK/dV spills in 168 registers: without them it took 0.61 to 1.04 of
+# the time, 0.93 in the middle of 14 launches of the tuning run.
 _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
     "fwd": {
         128: (
@@ -99,12 +100,12 @@ _ALL_GRADIENTS_ON_HOPPER = {
 PRODUCED_ROWS = {False: 512, True: 2048}
 PRODUCED_PAIRS = {False: 1, True: 256}
 """Segments of fewer rows, or fewer (segment, head) pairs, have too few tiles for CTAs that stay: causal ones more, as
-their tiles take unequal times. At 128 and fewer causal pairs they take 1.02 to 1.33 times as long as CTAs that do not,
-at 256 and more 0.91 to 0.96."""
+their tiles take unequal times. At 128 and fewer causal pairs they take 0.99 to 1.33 times as long as CTAs that do not,
+at 256 and 512 pairs 0.92 and 0.95."""
 FEW_ROWS = 512
 """Rows in all pairs for each multiprocessor, of which 64 a tile are done in three rounds: how fast one tile is decides
 then, and not how many share a multiprocessor. dQ at head_dim 64 takes 0.80 to 1.03 of the time in tiles of 128 keys,
-dK/dV 0.6 to 0.96 without a cap on its registers."""
+dK/dV 0.89 to 0.99 without a cap on its registers."""
 PADDED_ROWS = 192
 """Of fewer, rows that are padded to their tile go by pointers in the forward and in dQ: at 128 rows a ring takes 1.14
 to 1.31 times as long, at 512 and 1024 it wins."""
@@ -249,8 +250,8 @@ def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int,
         return []
     block_m, block_n = (max(next_power_of_two(side), 16) for side in (queries, keys))
     in_triton = LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)
-    rings = _ALL_GRADIENTS_ON_HOPPER.get((keys, head_dim)) if takes_rings(arch, head_dim, dtype) else None
-    return [in_triton] if rings is None else [rings, in_triton]
+    ring = _ALL_GRADIENTS_ON_HOPPER.get((keys, head_dim)) if takes_rings(arch, head_dim, dtype) else None
+    return [in_triton] if ring is None else [ring, in_triton]
 
 
 def takes_descriptors(arch: str, head_dim: int, dtype: str) -> bool:
