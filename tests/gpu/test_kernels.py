@@ -210,6 +210,17 @@ RAGGED = {
     "columns": Case(N=1024, branches=((512, 1),), B=2, H=5, D=112, causal=True, dtype="fp16"),
     "rows-and-columns": Case(N=1501, branches=((700, 3),), B=3, H=3, D=80, head_offset="zero", dtype="bf16"),
     "steps": Case(N=1027, branches=((512, 4), (2048, 16)), B=2, H=16, D=64, dtype="bf16"),
+    "phantoms": Case(
+        N=1203,
+        branches=((256, 1), (580, 2), (2000, 4), (9000, 8)),
+        H=16,
+        D=48,
+        head_offset="blocked",
+        padding="zeros",
+        dtype="fp16",
+    ),
+    "many-phantoms": Case(N=1030, branches=((1000, 1), (510, 4)), B=2, H=6, D=128, padding="zeros", dtype="bf16"),
+    "no-phantoms": Case(N=800, branches=((400, 2),), B=2, G=2, D=64, padding="zeros", dtype="bf16"),
 }
 
 
@@ -220,6 +231,18 @@ def test_a_ragged_ring(case: Case, tiles: int, record: Callable[..., None]) -> N
     """Keys behind a tail, columns of the next head, or steps of the next segment."""
     assert variants_run(case, make_inputs(case, "cuda"), RINGS[tiles]) <= {"general_ring", "full_ring"}
     _run(case, case.dtype, record, RINGS[tiles])
+
+
+@hopper
+@pytest.mark.parametrize("tiles", range(len(RINGS)))
+def test_phantom_keys_beside_low_scores(tiles: int, record: Callable[..., None]) -> None:
+    """Sums that overflow or vanish where every score is far below a phantom key's 0, with phantom keys and without."""
+    case = Case(N=1000, branches=((400, 2),), D=64, padding="zeros", dtype="bf16")
+    inputs = make_inputs(case, "cuda")
+    inputs = inputs._replace(q=inputs.q * 0.1 + 5, k=inputs.k * 0.1 - 5)
+    actual = run_kernels(case, inputs, RINGS[tiles])
+    rough = dense_formula(case, inputs)  # where all keys are nearly one, gradients cancel
+    record(actual, oracle(case, inputs), "bf16", dout=inputs.dout, dense=rough)
 
 
 @hopper

@@ -138,8 +138,8 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return None
     if op == BACKWARD:
         return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
-    if problem.padding == "zeros" or problem.head_offset == "table" or not _asks_whole_segments(problem, branch):
-        return "a ragged ring knows no phantom keys, no table of offsets, and no part of a segment"
+    if problem.head_offset == "table" or not _asks_whole_segments(problem, branch):
+        return "a ragged ring knows no table of offsets, and no part of a segment"
     return None
 
 
