@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -167,6 +169,27 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     found = compile_offline(problem, choice, "sm_90")
     assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
     assert found.spills == 0
+
+
+RAGGED = (
+    ("fwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring")),
+    ("fwd", LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer")),
+    ("dkdv", LaunchConfig(32, 64, num_warps=4, num_stages=1, loads="ring")),
+    ("dq", LaunchConfig(64, 32, num_warps=4, num_stages=2, loads="ring")),
+)
+
+
+@pytest.mark.parametrize(("op", "config"), RAGGED, ids=lambda value: getattr(value, "name", value))
+def test_tiles_are_not_counted_in_16_bits(op: str, config: LaunchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop without end: what ptxas 12.8 makes of a 16-bit maximum that is compared as well."""
+    import triton
+
+    made: list[Any] = []
+    compile_one = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *given, **more: made.append(compile_one(*given, **more)) or made[0])
+    problem = Problem("bf16", 1, 49153, 16, 16, 64, ((24576, 3),))
+    compile_offline(problem, Choice.of(op, (0,), Variant.from_name("general_ring"), config, "test", ""), "sm_90")
+    assert not re.findall(r"\b(?:max|min)\.[us]16\b", made[0].asm["ptx"])
 
 
 @pytest.mark.parametrize("rows", [128, 256])

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
+from dilated_attention_pytorch.runtime.variants import refuses_ring
 from dilated_attention_pytorch.tuning import screen
 
 from ..measurements import TOOLCHAIN, database_at, entry
@@ -63,6 +64,16 @@ def test_what_they_do_not_know_runs_in_triton(tmp_path: Path, change: dict[str, 
     """A mask that is not asked, a tail that is read as keys, a group's heads that keep other steps."""
     found = untuned(tmp_path, replace(EVEN, **change))  # type: ignore[arg-type]
     assert not any(choice.variant.ring or choice.config.loads in ("ring", "producer") for choice in found)
+
+
+def test_a_tile_that_a_compiler_gets_wrong_is_refused() -> None:
+    """A kernel that never ends, by `config=`, by a measurement's step, or out of a database."""
+    short = replace(RING, block_n=32)
+    ragged = replace(EVEN, length=8101, branches=((2049, 3),))
+    assert "ptxas 12.8" in (refuses_ring(ragged, (0,), "fwd", short) or "")
+    assert refuses_ring(ragged, (0,), "fwd", RING) is None
+    assert refuses_ring(ragged, (0,), "dq", short) is None
+    assert refuses_ring(EVEN, (0,), "fwd", short) is None
 
 
 @pytest.mark.parametrize(
