@@ -19,7 +19,7 @@ from dilated_attention_pytorch.database import Database, Entry
 from dilated_attention_pytorch.runtime import misses
 from dilated_attention_pytorch.runtime import plan as plans
 from dilated_attention_pytorch.runtime.variants import acting_order
-from dilated_attention_pytorch.tuning import ledger
+from dilated_attention_pytorch.tuning import grid, ledger
 from dilated_attention_pytorch.tuning.changes import contents, merged
 from dilated_attention_pytorch.workloads import WORKLOADS
 
@@ -187,6 +187,16 @@ def test_stale_entries_become_a_list_to_tune(capsys: pytest.CaptureFixture[str],
     (problem,) = misses.read(again)
     assert ProblemKey.of(problem, "fwd", 0) == old.key
     assert run(capsys, "stale", "--db", saved(tmp_path / "fresh", entry()))[:2] == (0, "1 fresh\n")
+
+
+def test_what_is_measured_again_is_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Another call of the same key: a new time beside an old one of half as many rows, a text without tails for one
+    with them."""
+    ragged = next(problem for problem in grid.calls() if problem.length % 3 and problem.head_dim == 64)
+    root = saved(tmp_path / "db", entry("dq", ragged, kernel="abcdefabcdef"))
+    again = tmp_path / "again.jsonl"
+    run(capsys, "stale", "--db", root, "--problems", again)
+    assert misses.read(again) == [ragged]
 
 
 def test_the_digest_is_the_one_that_ranks_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import _layout, database
 from .. import device as devices
-from ..config import DTYPE_BYTES, EVERY_OP
+from ..config import DTYPE_BYTES, EVERY_OP, Problem
 from ..database import FRESH, INVALID, KERNEL_STALE, Database, Entry
 from ..device import CPU, Device, Toolchain
 from ..errors import ArgumentError
@@ -230,8 +230,7 @@ def _stale(chosen: argparse.Namespace) -> int:
     rows = [row for found in _databases(chosen) for row in _rows(chosen, found)]
     again = [row for row in rows if _again(row)]
     if chosen.problems is not None:
-        problems = dict.fromkeys(ledger.asking(row.entry.key) for row in again)
-        write(chosen.problems, "".join(line(problem) for problem in problems if problem), "--problems")
+        write(chosen.problems, "".join(line(problem) for problem in _measured_in(again)), "--problems")
     counts = Counter(row.status for row in rows)
     if chosen.json:
         print(
@@ -247,6 +246,18 @@ def _stale(chosen: argparse.Namespace) -> int:
         written = "" if chosen.problems else f"dilated-attention db stale --problems {target}, then "
         print(f"to measure again, on {names}: {written}dilated-attention tune --from-misses {target}")
     return 1 if again else 0
+
+
+def _measured_in(rows: list[Row]) -> list[Problem]:
+    """Calls that ask for entries: those of the standard preset where it has them, so that times compare."""
+    found: dict[Problem, None] = {}
+    for device in dict.fromkeys(map(ledger.device_of, rows)):
+        known = {task.key: task.problem for task in of_calls(preset("standard"), device)}
+        for row in rows:
+            problem = known.get(row.entry.key) or ledger.asking(row.entry.key)
+            if problem is not None and ledger.device_of(row) == device:
+                found[problem] = None
+    return list(found)
 
 
 def _measured_on(row: Row) -> tuple[str, ...]:
