@@ -12,9 +12,11 @@ something else, and is what one would use to share a sequence without this packa
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -170,15 +172,11 @@ def _row(
 ) -> dict[str, Any]:
     problem = one.at(ranks)
     whole = _inputs(problem, where)
-    before = (
-        torch.cuda.memory_allocated(where) if where.type == "cuda" else 0
-    )  # the whole tensors are no part of a step
     step, q, k, v, dout = _step(problem, whole, group)
     errors = _errors(problem, whole, group) if ranks > 1 else {}
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
     low, median, high = _timed(step, group, where, rounds)
-    peak = _peak(before, group, where)
+    peak = torch.tensor(peak_bytes(step, (q, k, v, dout), where))
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     others: dict[str, float | str] = {}
     if with_others and not problem.causal:
         others["all-gather"] = _tried(lambda: _all_gathered(problem, (q, k, v), dout, group), group, where, rounds)
@@ -198,7 +196,7 @@ def _row(
         "errors": errors,
         "others": others,
         **travelling(problem, ranks),
-        "peak_bytes": peak,
+        "peak_bytes": peak.item(),
         "kept_bytes": max(scale.bytes_kept(sizes, problem.branches, own) for own in shards),
     }
 
@@ -291,13 +289,29 @@ def _timed(step: Step, group: dist.ProcessGroup, where: torch.device, rounds: in
     return min(taken), statistics.median(taken), max(taken)
 
 
-def _peak(before: int, group: dist.ProcessGroup, where: torch.device) -> int | None:
-    """Bytes at the peak since the last reset, less those of before, the most of all ranks; None on CPUs."""
-    if where.type != "cuda":
-        return None
-    peak = torch.tensor(torch.cuda.max_memory_allocated(where) - before)
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    return int(peak.item())
+def peak_bytes(step: Step, inputs: Sequence[Tensor], where: torch.device) -> int:
+    """What this rank holds at the peak of a step: its inputs, and what the step allocates."""
+    if where.type == "cuda":
+        _synchronize(where)
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+        step()
+        allocated = torch.cuda.max_memory_allocated(where) - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+        allocated = _most_at_once(profile)
+    return sum(x.nbytes for x in inputs) + allocated
+
+
+def _most_at_once(profile: torch.profiler.profile) -> int:
+    """The highest sum of what was allocated less what was freed by then."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(accumulate(change for _, change in changes), default=0)
 
 
 def _synchronize(where: torch.device) -> None:

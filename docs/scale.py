@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,21 @@ def flops(sizes: Sizes, branches: Branches, steps: int, length: int) -> float:
 
 
 def bytes_kept(sizes: Sizes, branches: Branches, shards: Shards) -> int:
-    """q, k, v, out, lse, the gradients of the first four, and the gathered rows, at the peak of a backward."""
+    """At the peak of a backward: what a rank has of its own steps, and of segments that cross ranks.
+
+    Of its own steps q, k, v, out, lse and the gradients of the first four. Of a segment that crosses ranks the gathered
+    rows and their gradients, what comes back of its own rows from each rank that asked them, and dq of those that ask.
+    """
     steps = shards.stop - shards.start
     per_step = 4 * sizes.heads + 4 * sizes.kv_heads
     kept = steps * sizes.batch * (per_step * sizes.head_dim * sizes.element + 4 * sizes.heads)
-    for width, rate in branches:
-        width = shards.width(width)
-        for start in shards.crossing(width):
-            stop = min(start + width, shards.length)
-            kept += 2 * rows_of(sizes, rate, start, start, stop) * sizes.row_bytes  # and their gradients
-    return kept
+    alone = replace(sizes, kv_heads=sizes.heads)
+    for rate, start, own, others in _crossed(branches, shards):
+        first = min(own.first, *(other.first for other in others))
+        last = own.last if sizes.causal else max(own.last, *(other.last for other in others))
+        kept += 2 * rows_of(sizes, rate, start, first, last) * sizes.row_bytes
+        kept += rows_of(alone, rate, start, own.first, own.last) * sizes.row_bytes // 2
+    return kept + sum(sent(replace(sizes, mask=False), branches, shards))
 
 
 def grown(length: int, wider: int = 2, sparser: int = 2) -> list[tuple[int, int]]:

@@ -32,8 +32,10 @@ import dilated_attention_pytorch as dap
 from benchmarks import scale_out
 from dilated_attention_pytorch.config import Problem
 from dilated_attention_pytorch.distributed import agreement, dilated_attention, parts, shard, unshard
+from dilated_attention_pytorch.distributed.layout import Shards
 from dilated_attention_pytorch.errors import DatabaseMiss, LostRankError
 from dilated_attention_pytorch.runtime.plan import Plan
+from docs import scale
 
 from ..cases import CASES, DETACHED, Case, arguments, make_inputs, seeded_dropout
 
@@ -409,6 +411,18 @@ def scaled_out(group: dist.ProcessGroup) -> dict[str, Any]:
     return document
 
 
+def memory(group: dist.ProcessGroup) -> tuple[int, int]:
+    """Bytes at the peak of a step, and what docs/scale.md says of them."""
+    cpu, steps, heads = torch.device("cpu"), 4096, 4
+    length = steps * group.size()
+    branches = tuple(scale.grown(length, *scale_out.GROWTH))
+    problem = Problem("fp32", 1, length, heads, heads, 64, branches)
+    step, *inputs = scale_out._step(problem, scale_out._inputs(problem, cpu), group)
+    shards = Shards(tuple(range(0, length + 1, steps)), dist.get_rank(group))
+    predicted = scale.bytes_kept(scale.Sizes(1, heads, heads, 64, element=4), branches, shards)
+    return scale_out.peak_bytes(step, inputs, cpu), predicted
+
+
 def absent(group: dist.ProcessGroup) -> str:
     """A rank that takes no part, in a group whose timeout is a second."""
     impatient = dist.new_group(timeout=timedelta(seconds=1))
@@ -447,6 +461,7 @@ SCENES: dict[str, tuple[int, Scene]] = {
     "two dimensions": (4, two_dimensions),
     "gathered whole": (2, gathered_whole),
     "scaled out": (4, scaled_out),
+    "memory": (4, memory),
     "absent": (4, absent),
     "dead": (4, dead),
 }

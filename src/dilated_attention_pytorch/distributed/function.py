@@ -65,7 +65,7 @@ class ShardedAttention(torch.autograd.Function):
             for (run, indices), flat, seen in zip(laid, flats[::2], flats[1::2], strict=True):
                 dflat = flat.new_zeros(flat.shape)
                 for part in _pieces(share, run, indices):
-                    sums.add(part, part.backward(q, flat, seen, *whole, dflat))
+                    sums.add_gathered(part, part.backward(q, flat, seen, *whole, dflat))
                 gradients.append(dflat)
             returned, pending = exchange.scatter(gradients, laid, shards, ctx.group)
             for span in _spans(share, shards, q.device):
@@ -144,21 +144,40 @@ class _Mixed:
 
 
 class _Sums:
-    """Gradients of q, k and v of the parts so far."""
+    """Gradients of q, k and v of the parts so far; those of gathered rows wait for the first of another kind."""
 
     def __init__(self, *inputs: Tensor) -> None:
         self._inputs = inputs
         self._found: tuple[Tensor, ...] = ()
+        self._waiting: list[tuple[Gathered, Tensor]] = []
 
     def results(self) -> tuple[Tensor, ...]:
         """dq, dk and dv."""
-        self._found = self._found or tuple(x.new_zeros(x.shape) for x in self._inputs)
+        if not self._found:
+            self._start(tuple(x.new_zeros(x.shape) for x in self._inputs))
         return self._found
 
-    def add(self, part: Span | Gathered, *gradients: Tensor) -> None:
-        """Add a part's dq, or its dq, dk and dv. A first part of everything is the sum so far."""
+    def add_gathered(self, part: Gathered, dq: Tensor) -> None:
+        """Add a part's dq, once there is something to add it to."""
+        if self._found:
+            self._add(part, dq)
+        else:
+            self._waiting.append((part, dq))
+
+    def add(self, part: Span, *gradients: Tensor) -> None:
+        """Add a part's dq, dk and dv. A first part of everything is the sum so far: nothing is filled with zeros."""
         if not self._found and part.is_whole:
-            self._found = gradients
-            return
-        for x, gradient in zip(self.results(), gradients, strict=False):
+            self._start(gradients)
+        else:
+            self.results()
+            self._add(part, *gradients)
+
+    def _start(self, whole: tuple[Tensor, ...]) -> None:
+        self._found = whole
+        for part, dq in self._waiting:
+            self._add(part, dq)
+        self._waiting.clear()
+
+    def _add(self, part: Span | Gathered, *gradients: Tensor) -> None:
+        for x, gradient in zip(self._found, gradients, strict=False):
             part.write(x, (part.read(x) + gradient).to(x.dtype))
