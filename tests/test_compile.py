@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from codegen.matrix import VARIANTS
 from dilated_attention_pytorch import device, generated, heuristics
 from dilated_attention_pytorch.config import IN_GLUON, OPS, LaunchConfig, Problem
+from dilated_attention_pytorch.errors import ConfigError
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
+from dilated_attention_pytorch.runtime.variants import refuses_ring
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -171,25 +171,33 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     assert found.spills == 0
 
 
-RAGGED = (
-    ("fwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring")),
-    ("fwd", LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer")),
-    ("dkdv", LaunchConfig(32, 64, num_warps=4, num_stages=1, loads="ring")),
-    ("dq", LaunchConfig(64, 32, num_warps=4, num_stages=2, loads="ring")),
+THREES = Problem("bf16", 1, 49153, 16, 16, 64, ((24576, 3),))
+"""LLVM knows that no segment has 65536 steps, and divides by 3 in 16 bits."""
+
+
+@pytest.mark.toolchain
+def test_a_kernel_that_may_never_end_is_no_candidate() -> None:
+    """Minutes of a tuning run spent on a hang, or a hang in somebody's training. When this fails nothing is narrowed
+    any more, and `variants.RAGGED_KEYS` may go."""
+    short = LaunchConfig(64, 32, num_warps=4, num_stages=1, loads="ring")
+    with pytest.raises(ConfigError, match="16 bits"):
+        compile_offline(THREES, Choice.of("fwd", (0,), Variant.from_name("general_ring"), short, "test", ""), "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("op", "config"),
+    [
+        ("fwd", LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring")),
+        ("fwd", LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer")),
+        ("dkdv", LaunchConfig(32, 64, num_warps=4, num_stages=1, loads="ring")),
+        ("dq", LaunchConfig(64, 32, num_warps=4, num_stages=2, loads="ring")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
 )
-
-
-@pytest.mark.parametrize(("op", "config"), RAGGED, ids=lambda value: getattr(value, "name", value))
-def test_tiles_are_not_counted_in_16_bits(op: str, config: LaunchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop without end: what ptxas 12.8 makes of a 16-bit maximum that is compared as well."""
-    import triton
-
-    made: list[Any] = []
-    compile_one = triton.compile
-    monkeypatch.setattr(triton, "compile", lambda *given, **more: made.append(compile_one(*given, **more)) or made[0])
-    problem = Problem("bf16", 1, 49153, 16, 16, 64, ((24576, 3),))
-    compile_offline(problem, Choice.of(op, (0,), Variant.from_name("general_ring"), config, "test", ""), "sm_90")
-    assert not re.findall(r"\b(?:max|min)\.[us]16\b", made[0].asm["ptx"])
+def test_what_is_not_refused_counts_in_32_bits(op: str, config: LaunchConfig) -> None:
+    """A rule that refuses too little."""
+    assert refuses_ring(THREES, (0,), op, config) is None
+    compile_offline(THREES, Choice.of(op, (0,), Variant.from_name("general_ring"), config, "test", ""), "sm_90")
 
 
 @pytest.mark.parametrize("rows", [128, 256])

@@ -52,6 +52,11 @@ class Resources:
     spills: int | None
 
 
+IN_16_BITS = re.compile(r"\b(?:max|min)\.[us]16\b")
+"""A maximum of integers of 16 bits, to which LLVM narrows counts that it knows to be small. Where it is compared as
+well, ptxas 12.8 gets the comparison wrong (CONTRIBUTING.md)."""
+
+
 def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
     """Compile one launch of a plan for an architecture.
 
@@ -62,7 +67,7 @@ def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
 
     Raises:
         UnsupportedError: Triton is not installed, or runs as an interpreter in this process.
-        ConfigError: The architecture is not one that Triton knows.
+        ConfigError: The architecture is not one that Triton knows, or the kernel may never end: `IN_16_BITS`.
         Exception: Whatever the compiler raises.
     """
     offsets = None
@@ -93,6 +98,8 @@ def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arc
         from triton.experimental.gluon._runtime import GluonASTSource as Source  # what its own launcher takes
     source = Source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=_target(arch), options=compile_options(config))
+    if IN_16_BITS.search(compiled.asm.get("ptx", "")):
+        raise ConfigError(f"{config.name} counts in 16 bits, which ptxas 12.8 makes endless loops of; take other tiles")
     registers, spills = _usage(compiled.asm)
     return Resources(compiled.metadata.shared, registers, spills)
 
