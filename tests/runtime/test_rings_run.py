@@ -1,0 +1,129 @@
+"""The texts in Gluon against the oracle, on a CPU: `tests/gluon.py` stands in for the GPU's side of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import device, generated
+from dilated_attention_pytorch.config import LaunchConfig
+from dilated_attention_pytorch.device import Toolchain
+from dilated_attention_pytorch.runtime import launch
+from dilated_attention_pytorch.runtime.arguments import HeadOffsets
+from dilated_attention_pytorch.runtime.options import Options
+from dilated_attention_pytorch.runtime.plan import plan
+
+from .. import gluon
+from ..cases import Case, Inputs, make_inputs, oracle
+from ..kernels import poisoned_outputs
+from ..tolerances import Results, check_results
+
+pytest.importorskip("triton", reason="its descriptors say where rows lie")
+
+Tiles = Mapping[str, LaunchConfig]
+TILES: tuple[Tiles, ...] = (
+    {
+        "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+        "dq": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer"),
+        "dkdv": LaunchConfig(32, 64, num_warps=4, num_stages=3, loads="ring"),
+        "dq": LaunchConfig(64, 32, num_warps=4, num_stages=3, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring"),
+        "dkdv": LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
+        "dq": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+    },
+)
+CASES = {
+    "merged": Case(N=512, branches=((256, 1), (512, 2)), H=2, D=64, dtype="bf16"),
+    "grouped-causal": Case(N=512, branches=((256, 1),), H=4, G=2, D=128, causal=True, dtype="fp16"),
+    "grouped-offsets": Case(N=512, branches=((512, 2),), B=2, G=2, D=64, head_offset="blocked", dtype="bf16"),
+    "tail": Case(N=450, branches=((300, 1),), B=2, H=2, G=1, D=64, dtype="bf16"),
+    "short-head": Case(N=615, branches=((305, 4),), H=4, D=96, causal=True, dtype="bf16"),
+    "last-row": Case(N=811, branches=((402, 3),), B=2, H=3, D=80, head_offset="zero", dtype="bf16"),
+    "merged-tails": Case(N=613, branches=((256, 1), (406, 2), (900, 4)), D=48, head_offset="blocked", dtype="fp16"),
+    "phantoms": Case(N=613, branches=((256, 1), (406, 2), (900, 4)), D=48, padding="zeros", dtype="fp16"),
+}
+
+
+class _Delta:
+    """rowsum(dout ⊙ out) − dlse, which is Triton's."""
+
+    arg_names = ("p_out", "p_dout", "p_dlse", "p_delta")
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def run(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor, **_: object) -> None:
+            found = (out.float() * dout.float()).sum(3).transpose(1, 2)
+            delta.copy_(found if dlse is None else found - dlse)
+
+        return run
+
+
+def _load(name: str) -> Any:
+    return SimpleNamespace(delta=_Delta()) if name == "delta" else gluon.load(name)
+
+
+def run(case: Case, inputs: Inputs, tiles: Tiles) -> tuple[Results, set[str]]:
+    """Forward and backward of a case in Gluon, and the texts that ran."""
+    chosen = plan(
+        case.problem,
+        device.simulated("h100"),
+        "triton",
+        Options((*tiles.items(),)),
+        toolchain=Toolchain("3.6.0"),
+    )
+    given: dict[str, Any] = {"scale": case.D**-0.5, "index": None, "mask": None, "offsets": HeadOffsets(case.offsets)}
+    with mock.patch.object(generated, "load", _load), poisoned_outputs():
+        out, lse = launch.forward(chosen, *inputs[:3], **given)
+        gradients = launch.backward(chosen, *inputs[:3], out, lse, inputs.dout, inputs.dlse, **given)
+    return Results(out, lse, *gradients), {choice.variant.name for choice in chosen.launches}
+
+
+@pytest.mark.parametrize("tiles", range(len(TILES)))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_ring_computes_attention(case: Case, tiles: int) -> None:
+    """A wrong row, column, tail or diagonal; a tile that nobody sends, or that is overwritten; a lost merge."""
+    inputs = make_inputs(case, "cpu")
+    actual, texts = run(case, inputs, TILES[tiles])
+    assert all(name.endswith("_ring") for name in texts)
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_all_gradients_come_from_one_launch(places: int) -> None:
+    """A segment whose tiles take the places of another's too early, or dS that is summed up before it is there."""
+    case = Case(N=1024, branches=((128, 1), (256, 2)), H=2, D=64, causal=True, dtype="bf16")
+    inputs = make_inputs(case, "cpu")
+    tiles = {"fwd": TILES[0]["fwd"], "bwd": LaunchConfig(64, 128, num_warps=8, num_stages=places, loads="ring")}
+    actual, texts = run(case, inputs, tiles)
+    assert "general_one_even_ring" in texts
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+def test_the_stand_in_finds_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in under which nothing fails: a tile that is never sent, and one that is taken for another."""
+    case = CASES["tail"]
+    inputs = make_inputs(case, "cpu")
+    text = gluon.load("general_ring")
+    send = text._send
+
+    def forgetful(*given: Any) -> None:
+        send(*given[:-2], given[-2] and given[-3] != 1, given[-1])
+
+    monkeypatch.setattr(text, "_send", forgetful)
+    with pytest.raises(AssertionError, match="nobody sends"):
+        run(case, inputs, TILES[0])
+    monkeypatch.setattr(text, "_send", lambda *given: send(*given[:-5], given[-5] + 1, *given[-4:]))
+    with pytest.raises(AssertionError, match="error norm"):
+        check_results(run(case, inputs, TILES[0])[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
+    assert torch.isfinite(inputs.q).all()
