@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch._layout import generated_dir
 
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 """That a warpgroup waits for another; alone, one that would have to wait waits for ever."""
 _HERE = threading.local()
 
