@@ -170,6 +170,32 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     return {"fwd": around, "dkdv": held, "dq": around}
 
 
+RINGS = (
+    dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")),
+    {
+        "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+        "dkdv": LaunchConfig(32, 64, num_warps=4, num_stages=3, loads="ring"),
+        "dq": LaunchConfig(64, 32, num_warps=4, num_stages=4, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="ring"),
+        "dkdv": LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
+        "dq": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"),
+    },
+    {
+        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer"),
+        "dkdv": LaunchConfig(128, 64, num_warps=4, num_stages=1, loads="ring"),
+        "dq": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
+    },
+)
+"""Tiles of unequal sides, one and several places, one and two warpgroups, and those beside a producer."""
+
+
 def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
     """Tiles with all that a measurement may choose and few defaults do: descriptors, all gradients in one launch."""
     tiles = pattern_config(variant) or {}

@@ -16,12 +16,13 @@ import torch
 import dilated_attention_pytorch as dap
 from codegen.matrix import VARIANTS
 from dilated_attention_pytorch import database, device, heuristics, reference
-from dilated_attention_pytorch.config import OPS, LaunchConfig
+from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.runtime import decide
 from dilated_attention_pytorch.variant import Variant
 
 from ..cases import CASES, DETACHED, Case, make_inputs, oracle
 from ..kernels import (
+    RINGS,
     as_dtype,
     chosen_config,
     dense_formula,
@@ -132,32 +133,6 @@ def test_what_a_measurement_may_choose(name: str, record: Callable[..., None]) -
     config, inputs = chosen_config(variant), make_inputs(replace(case, B=2), "cuda")
     assert variants_run(replace(case, B=2), inputs, config) == {name}
     _run(replace(case, B=2), case.dtype, record, config)
-
-
-RINGS = (
-    dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")),
-    {
-        "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
-        "dkdv": LaunchConfig(32, 64, num_warps=4, num_stages=3, loads="ring"),
-        "dq": LaunchConfig(64, 32, num_warps=4, num_stages=4, loads="ring"),
-    },
-    {
-        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="ring"),
-        "dkdv": LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
-        "dq": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
-    },
-    {
-        "fwd": LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"),
-        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),
-        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"),
-    },
-    {
-        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="producer"),
-        "dkdv": LaunchConfig(128, 64, num_warps=4, num_stages=1, loads="ring"),
-        "dq": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
-    },
-)
-"""Tiles of unequal sides, one and several places, one and two warpgroups, and those beside a producer."""
 
 
 @hopper

@@ -21,29 +21,12 @@ from dilated_attention_pytorch.runtime.plan import plan
 
 from .. import gluon
 from ..cases import Case, Inputs, make_inputs, oracle
-from ..kernels import poisoned_outputs
+from ..kernels import RINGS, poisoned_outputs
 from ..tolerances import Results, check_results
 
 pytest.importorskip("triton", reason="its descriptors say where rows lie")
 
 Tiles = Mapping[str, LaunchConfig]
-TILES: tuple[Tiles, ...] = (
-    {
-        "fwd": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
-        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
-        "dq": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
-    },
-    {
-        "fwd": LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer"),
-        "dkdv": LaunchConfig(32, 64, num_warps=4, num_stages=3, loads="ring"),
-        "dq": LaunchConfig(64, 32, num_warps=4, num_stages=3, loads="ring"),
-    },
-    {
-        "fwd": LaunchConfig(64, 64, num_warps=4, num_stages=1, loads="ring"),
-        "dkdv": LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring"),
-        "dq": LaunchConfig(64, 128, num_warps=4, num_stages=2, loads="ring"),
-    },
-)
 CASES = {
     "merged": Case(N=512, branches=((256, 1), (512, 2)), H=2, D=64, dtype="bf16"),
     "grouped-causal": Case(N=512, branches=((256, 1),), H=4, G=2, D=128, causal=True, dtype="fp16"),
@@ -89,12 +72,12 @@ def run(case: Case, inputs: Inputs, tiles: Tiles) -> tuple[Results, set[str]]:
     return Results(out, lse, *gradients), {choice.variant.name for choice in chosen.launches}
 
 
-@pytest.mark.parametrize("tiles", range(len(TILES)))
+@pytest.mark.parametrize("tiles", range(len(RINGS)))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_ring_computes_attention(case: Case, tiles: int) -> None:
     """A wrong row, column, tail or diagonal; a tile that nobody sends, or that is overwritten; a lost merge."""
     inputs = make_inputs(case, "cpu")
-    actual, texts = run(case, inputs, TILES[tiles])
+    actual, texts = run(case, inputs, RINGS[tiles])
     assert all(name.endswith("_ring") for name in texts)
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
@@ -104,7 +87,7 @@ def test_all_gradients_come_from_one_launch(places: int) -> None:
     """A segment whose tiles take the places of another's too early, or dS that is summed up before it is there."""
     case = Case(N=1024, branches=((128, 1), (256, 2)), H=2, D=64, causal=True, dtype="bf16")
     inputs = make_inputs(case, "cpu")
-    tiles = {"fwd": TILES[0]["fwd"], "bwd": LaunchConfig(64, 128, num_warps=8, num_stages=places, loads="ring")}
+    tiles = {"fwd": RINGS[0]["fwd"], "bwd": LaunchConfig(64, 128, num_warps=8, num_stages=places, loads="ring")}
     actual, texts = run(case, inputs, tiles)
     assert "general_one_even_ring" in texts
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
@@ -122,8 +105,8 @@ def test_the_stand_in_finds_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(text, "_send", forgetful)
     with pytest.raises(AssertionError, match="nobody sends"):
-        run(case, inputs, TILES[0])
+        run(case, inputs, RINGS[0])
     monkeypatch.setattr(text, "_send", lambda *given: send(*given[:-5], given[-5] + 1, *given[-4:]))
     with pytest.raises(AssertionError, match="error norm"):
-        check_results(run(case, inputs, TILES[0])[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
+        check_results(run(case, inputs, RINGS[0])[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
     assert torch.isfinite(inputs.q).all()
