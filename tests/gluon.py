@@ -114,9 +114,6 @@ class Barrier:
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
 
-    def index(self, place: int) -> Barrier:
-        return self
-
     def settle(self) -> None:
         if self.pending == 0 and self.bytes == 0:
             self.phase ^= 1

@@ -250,14 +250,12 @@ def _stale(chosen: argparse.Namespace) -> int:
 
 def _measured_in(rows: list[Row]) -> list[Problem]:
     """Calls that ask for entries: those of the standard preset where it has them, so that times compare."""
-    found: dict[Problem, None] = {}
-    for device in dict.fromkeys(map(ledger.device_of, rows)):
-        known = {task.key: task.problem for task in of_calls(preset("standard"), device)}
-        for row in rows:
-            problem = known.get(row.entry.key) or ledger.asking(row.entry.key)
-            if problem is not None and ledger.device_of(row) == device:
-                found[problem] = None
-    return list(found)
+    known = {
+        device: {task.key: task.problem for task in of_calls(preset("standard"), device)}
+        for device in dict.fromkeys(map(ledger.device_of, rows))
+    }
+    asked = (known[ledger.device_of(row)].get(row.entry.key) or ledger.asking(row.entry.key) for row in rows)
+    return [*dict.fromkeys(problem for problem in asked if problem is not None)]
 
 
 def _measured_on(row: Row) -> tuple[str, ...]:

@@ -567,7 +567,7 @@ class _Label(NamedTuple):
 
 
 def takes_tails(task: Task, candidate: Candidate) -> bool:
-    """Calls of ragged sizes would run a candidate too. Rings, and all gradients in one launch, are for even ones."""
+    """Calls of ragged sizes would run a candidate too. Some that give all gradients in one launch are for even ones."""
     if candidate.route != KERNEL:
         return True
     problem, branches = ragged_problem(task.problem), every_branch(task.problem)
