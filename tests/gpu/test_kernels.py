@@ -292,6 +292,13 @@ def test_more_tiles_than_ctas_that_stay(record: Callable[..., None]) -> None:
     record(run_kernels(case, inputs, RINGS[3]), oracle(case, inputs), "bf16", dout=inputs.dout)
 
 
+def test_several_branches_whose_last_segment_is_cut(record: Callable[..., None]) -> None:
+    """Tiles of a span behind the sequence's end, which are another batch element's, or nobody's memory."""
+    case = Case(N=3072, branches=((1024, 1), (2048, 2)), B=2, H=2, D=64, dtype="bf16")
+    _run(case, "bf16", record)
+    assert "s1024_2048_d1_2_even" not in variants_run(case, make_inputs(case, "cuda"))
+
+
 @hopper
 def test_what_no_descriptor_can_be_made_of(record: Callable[..., None]) -> None:
     """Heads behind all steps and a gradient of stride 0: the text in Triton runs in the ring's place."""

@@ -92,15 +92,16 @@ def test_the_story_tells_of_a_pass() -> None:
 
 
 def test_tiles_divide_a_class() -> None:
-    """A tile with rows of two segments would attend across them."""
+    """A tile with rows of two segments would attend across them, one behind a cut segment's end write there."""
     texts = frozenset({"s2048_4096_8192_d1_2_4", "s2048_4096_8192_d1_2_4_even"})
     found = text_for(LONGNET, (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
     assert found is not None
     assert found.even
     assert text_for(LONGNET, (0, 1, 2), "fwd", LaunchConfig(1024, 64), texts) is None
-    ragged = text_for(replace(LONGNET, length=32768 - 4), (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
-    assert ragged is not None
-    assert not ragged.even
+    for length in (32768 - 4, 20480):
+        ragged = text_for(replace(LONGNET, length=length), (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
+        assert ragged is not None
+        assert not ragged.even
 
 
 @pytest.fixture
@@ -124,6 +125,7 @@ def small_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     [
         pytest.param(Case(N=64, branches=SMALL.levels, H=2, dtype="fp16"), "descriptor", id="even-descriptor"),
         pytest.param(Case(N=101, branches=SMALL.levels, H=3), "pointer", id="ragged"),
+        pytest.param(Case(N=96, branches=SMALL.levels, B=2, H=2), "pointer", id="cut-segment"),
         pytest.param(
             Case(N=75, branches=SMALL.levels, H=4, G=2, D=24, causal=True, mask=True, head_offset="zero"),
             "pointer",

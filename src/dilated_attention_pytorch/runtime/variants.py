@@ -41,7 +41,9 @@ def text_for(
     rows, stride = rows_of_class(problem, branches), levels[-1][1]
     if rows % config.block_m or rows % config.block_n:
         return None
-    even = problem.length % (stride * max(config.block_m, config.block_n)) == 0
+    # A last segment that is cut short leaves tiles of its span outside of the sequence.
+    whole = problem.length % problem.segment(branches[-1]) == 0
+    even = whole and problem.length % (stride * max(config.block_m, config.block_n)) == 0
     variant = _of_chain(levels, even)
     return variant if variant.name in texts else _of_chain(levels, even=False)
 
