@@ -17,8 +17,8 @@ from codegen.render import render
 from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch.config import OPS, LaunchConfig, Problem, ProblemKey
 from dilated_attention_pytorch.device import INTERPRETER, Toolchain, simulated
+from dilated_attention_pytorch.runtime import launch, variants
 from dilated_attention_pytorch.runtime import plan as plans
-from dilated_attention_pytorch.runtime import variants
 from dilated_attention_pytorch.runtime.variants import chain, text_for
 from dilated_attention_pytorch.tuning.measure import Bench, CheckJob
 from dilated_attention_pytorch.tuning.problems import Task
@@ -102,6 +102,25 @@ def test_tiles_divide_a_class() -> None:
         ragged = text_for(replace(LONGNET, length=length), (0, 1, 2), "fwd", LaunchConfig(128, 64), texts)
         assert ragged is not None
         assert not ragged.even
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "tiles", [LaunchConfig(64, 64), LaunchConfig(128, 64), LaunchConfig(64, 256)], ids=lambda x: x.name
+)
+def test_tiles_of_a_text_without_tails_are_as_many_as_the_rows_fill(op: str, tiles: LaunchConfig) -> None:
+    """A launch whose last tiles lie outside of the tensors that they write to."""
+    evens = 0
+    for length in range(1024, 40960, 1024):
+        problem = replace(LONGNET, length=length, batch=2)
+        variant = text_for(problem, (0, 1, 2), op, tiles, NAMES)
+        assert variant is not None
+        choice = plans.Choice.of(op, (0, 1, 2), variant, tiles, "test", "")
+        sizes = {"N": length, "H": 12, "G": 12, "p_q": torch.empty(2, length, 12, 64, device="meta")}
+        covered = launch._sizes_of_chain(choice, sizes)[1] * (tiles.block_n if op == "dkdv" else tiles.block_m)
+        evens += variant.even
+        assert covered == 2 * 12 * length if variant.even else covered >= 2 * 12 * length
+    assert evens > 3
 
 
 @pytest.fixture
