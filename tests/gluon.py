@@ -3,7 +3,7 @@
 It keeps what the texts rely on: tiles that descriptors fill, zeros behind a matrix, barriers with phases, warpgroups
 beside a producer. Shared memory begins as NaN; a wait that nobody will end, a read outside of memory and a product of
 shapes that do not meet are errors. What lies where in registers, and what runs while something else does, it ignores:
-products and copies are done at once.
+products and copies of tiles are done at once, those of rows when they are waited for.
 """
 
 from __future__ import annotations
@@ -181,6 +181,22 @@ def _copy_tile(tiles: Descriptor, at: Sequence[int], bar: Barrier, into: Shared,
             bar.settle()
 
 
+def _copy_row(into: Shared, pointer: Pointer, mask: Any) -> None:
+    _HERE.begun.append((into, _load(pointer, mask, 0.0)))
+
+
+def _commit_group() -> None:
+    _HERE.groups.append(_HERE.begun)
+    _HERE.begun = []
+
+
+def _wait_group(pending: int) -> None:
+    """What is waited for is there, and nothing else."""
+    while len(_HERE.groups) > pending:
+        for into, row in _HERE.groups.pop(0):
+            into.store(row)
+
+
 def _product(a: Any, b: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
     a = a.data if isinstance(a, Shared) else a
     assert a.dtype == b.dtype and sums.shape == (a.shape[0], b.shape[1])
@@ -258,8 +274,9 @@ class Kernel:
             given = [_argument(value) for value in arguments]
             for program in range(grid[0]):
                 vars(_HERE).update(program=Int(program), programs=Int(grid[0]), num_warps=num_warps)
-                vars(_HERE).update(changed=threading.Condition(), among_others=False)
+                vars(_HERE).update(changed=threading.Condition(), among_others=False, begun=[], groups=[])
                 self._function(*given)
+                assert not _HERE.begun and not _HERE.groups, "a copy that nobody waits for ends in another's memory"
 
         return launch
 
@@ -292,6 +309,7 @@ def _ints(*bounds: int) -> Iterator[Int]:
 LANGUAGE = SimpleNamespace(
     **dict.fromkeys(("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout"), _Layout),
     NVMMASharedLayout=SimpleNamespace(get_default_for=_Layout),
+    SwizzledSharedLayout=_Layout,
     constexpr=lambda value: value,
     **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "zeros_like", "exp2", "log2")},
     arange=lambda first, last, layout: torch.arange(first, last),
@@ -322,10 +340,14 @@ HOPPER = SimpleNamespace(
 )
 
 
+AMPERE = SimpleNamespace(
+    async_copy=SimpleNamespace(async_load=_copy_row, commit_group=_commit_group, wait_group=_wait_group)
+)
 ROOT = "triton.experimental"
 STAND_INS: dict[str, Any] = {
     ROOT: SimpleNamespace(gluon=SimpleNamespace(jit=_jit)),
     f"{ROOT}.gluon": SimpleNamespace(language=LANGUAGE),
+    f"{ROOT}.gluon.language.nvidia.ampere": AMPERE,
     f"{ROOT}.gluon.language.nvidia.hopper": HOPPER,
 }
 

@@ -209,7 +209,7 @@ def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:
 
 
 def run_ranges(
-    case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchConfig, ops: Sequence[str] = OPS
+    case: Case, inputs: Inputs, cuts: Sequence[int], config: LaunchConfig | Mapping[str, LaunchConfig]
 ) -> Results:
     """Forward and backward in launches that each take the query steps between two cuts, all keys being there.
 
@@ -218,11 +218,16 @@ def run_ranges(
     index = None if inputs.order is None else inputs.order.int()
     offsets = HeadOffsets(case.offsets)
     parts: list[tuple[Tensor, Results]] = []
+    chosen_tiles = config if isinstance(config, Mapping) else dict.fromkeys(OPS, config)
     for first, last in pairwise(cuts):
         problem = replace(case.problem, query_range=(first, last))
-        chosen = plan(problem, current(inputs.q.device), "triton", Options((*((op, config) for op in ops),)))
+        chosen = plan(problem, current(inputs.q.device), "triton", Options((*chosen_tiles.items(),)))
         rows = slice(first, last) if index is None else slice(None)
-        q, dout, dlse = inputs.q[:, rows], inputs.dout[:, rows], inputs.dlse[:, :, rows].contiguous()
+        q, dout, dlse = (
+            inputs.q[:, rows].contiguous(),
+            inputs.dout[:, rows].contiguous(),
+            inputs.dlse[:, :, rows].contiguous(),
+        )
         rest = {"scale": case.D**-0.5, "index": index, "mask": inputs.mask, "offsets": offsets}
         with poisoned_outputs():
             out, lse = launch.forward(chosen, q, inputs.k, inputs.v, **rest)

@@ -70,8 +70,8 @@ _DESCRIBED_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
         256: (LaunchConfig(128, 64, num_warps=8, num_stages=3, loads="descriptor"),),
     },
 }
-# In Gluon, likewise. With tails dK/dV spills in 168 registers: without them it took 0.61 to 1.04 of
-# the time, 0.93 in the middle of 14 launches of the tuning run.
+# In Gluon, likewise. In 168 registers three CTAs of dK/dV lie on a multiprocessor; with tails it spills 24 to 64 bytes
+# and takes 0.88 of the time.
 _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
     "fwd": {
         128: (
@@ -104,8 +104,7 @@ their tiles take unequal times. At 128 and fewer causal pairs they take 0.99 to 
 at 256 and 512 pairs 0.92 and 0.95."""
 FEW_ROWS = 512
 """Rows in all pairs for each multiprocessor, of which 64 a tile are done in three rounds: how fast one tile is decides
-then, and not how many share a multiprocessor. dQ at head_dim 64 takes 0.80 to 1.03 of the time in tiles of 128 keys,
-dK/dV 0.89 to 0.99 without a cap on its registers."""
+then, and not how many share a multiprocessor. dQ at head_dim 64 takes 0.80 to 1.03 of the time in tiles of 128 keys."""
 PADDED_ROWS = 192
 """Of fewer, rows that are padded to their tile go by pointers in the forward and in dQ: at 128 rows a ring takes 1.14
 to 1.31 times as long, at 512 and 1024 it wins."""
@@ -174,7 +173,6 @@ def default(
     *,
     pairs: int | None = None,
     causal: bool = False,
-    tails: bool = False,
 ) -> list[LaunchConfig]:
     """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
@@ -187,7 +185,6 @@ def default(
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
         pairs: Segments times heads times sequences; None is many.
         causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
-        tails: Rows fill no tiles, or columns none, and a ring would have to know of it.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
@@ -203,10 +200,7 @@ def default(
     described: list[LaunchConfig] = []
     if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:
         rings = _RINGS_ON_HOPPER[op].get(row_bytes, ()) if takes_rings(arch, head_dim, dtype) else ()
-        few = are_few(pairs, max(queries, keys))
-        if (tails or few) and op == "dkdv":
-            rings = tuple(replace(config, maxnreg=None) for config in rings)
-        if few and op == "dq" and row_bytes == 128:
+        if op == "dq" and row_bytes == 128 and are_few(pairs, max(queries, keys)):
             rings = tuple(replace(config, block_n=128) for config in rings)
         if not suits_a_producer(min(queries, keys), pairs, causal):
             rings = tuple(config for config in rings if config.loads != "producer")
@@ -299,7 +293,8 @@ def shared_bytes(op: str, head_dim: int, dtype: str, config: LaunchConfig, arch:
             return config.block_n * width * DTYPE_BYTES[dtype] + RING_BARRIERS
         # Beside a producer, out passes from one layout to the other while the next tiles come in.
         out = config.block_m if config.loads == "producer" else 0
-        return (tiles + out) * padded_head_dim(head_dim) * DTYPE_BYTES[dtype] + RING_BARRIERS
+        rows = 8 * loop * config.num_stages if op == "dkdv" else 0  # lse and delta come with the queries
+        return (tiles + out) * padded_head_dim(head_dim) * DTYPE_BYTES[dtype] + rows + RING_BARRIERS
     if op == BACKWARD and config.num_stages == 1 and config.loads == "pointer":
         return shared_bytes("dkdv", head_dim, dtype, config, arch)  # dq goes from registers to memory
     if op == BACKWARD:

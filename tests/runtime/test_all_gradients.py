@@ -186,7 +186,7 @@ def test_ranges_of_queries() -> None:
     """dq of steps that are not asked, or zero rows that a range leaves to nobody."""
     case = Case(N=61, branches=((20, 4),), H=2)
     inputs = make_inputs(case)
-    actual = run_ranges(case, inputs, (0, 1, 23, 40, case.N), TILE, ops=EVERY_OP)
+    actual = run_ranges(case, inputs, (0, 1, 23, 40, case.N), dict.fromkeys(EVERY_OP, TILE))
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 

@@ -93,3 +93,39 @@ def test_all_gradients_that_do_not_fit_at_once_come_apart(tried: list[str], monk
     assert [(choice.op, choice.merge) for choice in apart.backward] == [("dkdv", False), ("dq", False)]
     launch.backward(found, *given, **sides)
     assert tried[5:] == [smallest] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [
+        ({"branches": ((64, 4),)}, 4),
+        ({"branches": ((64, 2), (128, 4))}, 2),
+        ({"branches": ((64, 2), (128, 4)), "head_offset": "zero"}, 2),
+        ({"branches": ((64, 2), (128, 4)), "head_offset": "blocked"}, 1),
+        ({"branches": ((64, 4),), "head_offset": "blocked"}, 4),
+        ({"branches": ((64, 4),), "head_offset": "table"}, 1),
+        ({"branches": ((64, 1), (128, 4))}, 1),
+        ({"branches": ((66, 4),)}, 1),
+        ({"branches": ((4098, 4),)}, 4),
+        ({"branches": ((64, 4),), "queries": "all"}, 1),
+        ({"branches": ((64, 4),), "order": "hilbert"}, 1),
+        ({"branches": ((64, 4),), "query_range": (8, 40)}, 4),
+        ({"branches": ((64, 4),), "query_range": (6, 40)}, 1),
+    ],
+)
+def test_delta_goes_over_the_rows_that_are_read(change: dict[str, Any], apart: int) -> None:
+    """A delta that a kernel reads and nobody wrote, or all rows gone over where one in four has keys."""
+    problem = replace(PROBLEM, **change)
+    assert launch._rows_apart(problem, problem.branches) == apart
+    if apart > 1:
+        for head in range(problem.heads):
+            kept = (_kept(problem, branch, head) for branch in range(len(problem.branches)))
+            assert len({step % apart for steps in kept for step in steps}) == 1
+
+
+def _kept(problem: Problem, branch: int, head: int) -> list[int]:
+    """Steps of a head that a branch keeps, counted from the range's first."""
+    segment, rate = problem.branches[branch]
+    offset = {"cyclic": head % rate, "blocked": head // -(-problem.heads // rate), "zero": 0}[problem.head_offset]
+    first, last = problem.query_range or (0, problem.length)
+    return [step - first for step in range(first, last) if step % segment % rate == offset]

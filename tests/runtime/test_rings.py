@@ -80,6 +80,7 @@ def test_a_tile_that_a_compiler_gets_wrong_is_refused() -> None:
     ("change", "text"),
     [
         ({"length": 8101}, "general_ring"),
+        ({"branches": ((8192, 1),), "query_range": (100, 5000)}, "full_ring"),
         ({"branches": ((2050, 2),)}, "general_ring"),
         ({"branches": ((2049, 2),)}, "general_ring"),
         ({"head_dim": 48}, "general_ring"),

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import plan
 
-from .. import gluon
+from .. import gluon, kernels
 from ..cases import Case, Inputs, make_inputs, oracle
 from ..kernels import RINGS, poisoned_outputs
 from ..tolerances import Results, check_results
@@ -82,6 +82,17 @@ def test_a_ring_computes_attention(case: Case, tiles: int) -> None:
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("tiles", range(len(RINGS)))
+def test_a_part_of_a_segment_asks(tiles: int, causal: bool) -> None:
+    """Rows counted from the segment's first, not from the first that asks; another batch element's before them."""
+    case = Case(N=700, branches=((300, 1), (900, 1)), B=2, H=2, G=1, D=64, causal=causal, dtype="bf16")
+    inputs, gpu = make_inputs(case, "cpu"), device.simulated("h100")
+    with mock.patch.object(generated, "load", _load), mock.patch.object(kernels, "current", lambda where: gpu):
+        actual = kernels.run_ranges(case, inputs, (0, 100, 350, 677, 700), RINGS[tiles])
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
 @pytest.mark.parametrize("places", [1, 2])
 def test_all_gradients_come_from_one_launch(places: int) -> None:
     """A segment whose tiles take the places of another's too early, or dS that is summed up before it is there."""
@@ -94,19 +105,24 @@ def test_all_gradients_come_from_one_launch(places: int) -> None:
 
 
 def test_the_stand_in_finds_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in under which nothing fails: a tile that is never sent, and one that is taken for another."""
+    """A stand-in under which nothing fails: a tile never sent, or taken for another; a row read before it is there."""
     case = CASES["tail"]
     inputs = make_inputs(case, "cpu")
     text = gluon.load("general_ring")
-    send = text._send
+    copy = text._copy
 
     def forgetful(*given: Any) -> None:
-        send(*given[:-2], given[-2] and given[-3] != 1, given[-1])
+        copy(*given[:-2], given[-2] and given[-3] != 1, given[-1])
 
-    monkeypatch.setattr(text, "_send", forgetful)
+    monkeypatch.setattr(text, "_copy", forgetful)
     with pytest.raises(AssertionError, match="nobody sends"):
         run(case, inputs, RINGS[0])
-    monkeypatch.setattr(text, "_send", lambda *given: send(*given[:-5], given[-5] + 1, *given[-4:]))
+    monkeypatch.setattr(text, "_copy", lambda *given: copy(*given[:-5], given[-5] + 1, *given[-4:]))
     with pytest.raises(AssertionError, match="error norm"):
+        check_results(run(case, inputs, RINGS[0])[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
+    monkeypatch.setattr(text, "_copy", copy)
+    wait = text.async_copy.wait_group
+    monkeypatch.setattr(text.async_copy, "wait_group", lambda pending: wait(pending + (pending > 0)))
+    with pytest.raises(AssertionError, match="NaN or inf"):
         check_results(run(case, inputs, RINGS[0])[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
     assert torch.isfinite(inputs.q).all()

@@ -6,6 +6,7 @@ kept, and later branches merge into what they find.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -131,14 +132,14 @@ def backward(
         shared.update(p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
         shared.update(p_dq=dq, p_dk=dk, p_dv=dv)
         if not detached:
-            yield run_kernel(prepared_delta(shared, dlse), DELTA)
+            yield run_kernel(prepared_delta(plan.problem, shared, dlse), DELTA)
         again = {choice.branch: replace(choice, merge=False) for choice in plan.fwd}
         for branch, choices in groupby(plan.backward, attrgetter("branch")):
             if detached:
                 # The weights that mix the branches are constants: delta is the branch's own, and so is its output.
                 alone = {**shared, "p_out": branch_out, "p_lse": branch_lse}
                 yield _run(plan.problem, again[branch], branch_values(plan.problem, again[branch], offsets, alone))
-                yield run_kernel(prepared_delta(alone, None), DELTA)
+                yield run_kernel(prepared_delta(plan.problem, alone, None, branch), DELTA)
             for choice in choices:
                 yield _run(plan.problem, choice, branch_values(plan.problem, choice, offsets, shared))
 
@@ -279,7 +280,8 @@ def _query_rows(problem: Problem, branch: int, steps: int) -> int:
     """Query rows that a segment holds at most; a short range of steps need not start with a row."""
     if problem.queries == "all":
         return min(problem.segment(branch), steps)
-    return min(problem.rows(branch), cdiv(steps, problem.branches[branch][1]) + 1)
+    rate = problem.branches[branch][1]
+    return min(problem.rows(branch), cdiv(steps, rate) + (rate > 1))
 
 
 def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
@@ -472,11 +474,14 @@ def run_kernel(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) 
     return Launch(kernel[(programs,)](*arguments.values(), **compile_options(config)), arguments, programs)
 
 
-def prepared_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> tuple[Any, dict[str, Any], int]:
-    """The delta kernel, its arguments by name in order, and the number of programs."""
+def prepared_delta(
+    problem: Problem, shared: Mapping[str, Any], dlse: Tensor | None, branch: int | None = None
+) -> tuple[Any, dict[str, Any], int]:
+    """The delta kernel, of one branch or of all, its arguments by name in order, and the number of programs."""
     kernel = generated.load("delta").delta
     batch, rows, heads, _ = shared["p_out"].shape
     strides = (0, 0, 0) if dlse is None else dlse.stride()
+    apart = _rows_apart(problem, problem.branches if branch is None else problem.branches[branch : branch + 1])
     given = {
         **shared,
         "p_dlse": dlse,
@@ -485,9 +490,20 @@ def prepared_delta(shared: Mapping[str, Any], dlse: Tensor | None) -> tuple[Any,
         "dlse_n": strides[2],
         "N": rows,
         "BLOCK_M": DELTA.block_m,
+        "DILATION": apart,
         "HAS_DLSE": dlse is not None,
     }
-    return kernel, _in_order(kernel, given), batch * heads * cdiv(rows, DELTA.block_m)
+    return kernel, _in_order(kernel, given), batch * heads * cdiv(cdiv(rows, apart), DELTA.block_m)
+
+
+def _rows_apart(problem: Problem, branches: Sequence[tuple[int, int]]) -> int:
+    """Rows from one that some branch keeps for a head to the next, if they are evenly apart; else 1."""
+    apart = math.gcd(*(rate for _, rate in branches))
+    first = 0 if problem.query_range is None else problem.query_range[0]
+    starts = [first, *(segment for segment, _ in branches if segment < problem.length)]
+    in_one_class = {"cyclic": True, "zero": True, "blocked": len(branches) == 1}.get(problem.head_offset, False)
+    in_turn = problem.queries == "dilated" and problem.order == "none"
+    return apart if in_one_class and in_turn and all(start % apart == 0 for start in starts) else 1
 
 
 def _in_order(kernel: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from .options import DEFAULTS, Options
 from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
     chain,
-    fills,
     key_of,
     may_give_all_gradients,
     query_rows,
@@ -551,11 +550,8 @@ def untuned(
     if op == BACKWARD:
         configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     else:
-        tails = not fills(problem, branches[0], op, heuristics.RING)
         pairs = ProblemKey.of(problem, op, branches[0]).grid
-        configs = heuristics.default(
-            op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal, tails=tails
-        )
+        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal)
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 

@@ -146,8 +146,10 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
     if op == "fwd" and config.block_n < RAGGED_KEYS:
         return f"a ragged ring's forward takes {RAGGED_KEYS} keys or more a tile: ptxas 12.8 compiles fewer wrongly"
-    if problem.head_offset == "table" or not _asks_whole_segments(problem, branch):
-        return "a ragged ring knows no table of offsets, and no part of a segment"
+    if problem.head_offset == "table":
+        return "a ragged ring knows no table of offsets"
+    if problem.branches[branch][1] > 1 and not _asks_whole_segments(problem, branch):
+        return "a ragged ring knows no part of a segment of which some steps alone are kept"
     return None
 
 

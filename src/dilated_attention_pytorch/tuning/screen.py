@@ -81,7 +81,7 @@ def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
 def compile_delta(problem: Problem, arch: str) -> Resources:
     """Compile the kernel that every backward shares; raises as `compile_offline`."""
     values = _shared(problem, "none", arch)
-    return _compiled(prepared_delta(values, values["p_lse"]), DELTA, arch)
+    return _compiled(prepared_delta(problem, values, values["p_lse"]), DELTA, arch)
 
 
 def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arch: str) -> Resources:
