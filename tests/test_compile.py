@@ -171,6 +171,26 @@ def test_what_a_measurement_may_choose_compiles(name: str, op: str, config: Laun
     assert found.spills == 0
 
 
+COMPUTING = (
+    ("s2048_d2_even_ring", "dq", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
+    ("general_ring", "dq", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 48),
+    ("general_one_even_ring", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"), 64),
+)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    ("name", "op", "config", "head_dim"), COMPUTING, ids=lambda value: getattr(value, "name", value)
+)
+def test_a_launch_that_computes_delta_compiles(name: str, op: str, config: LaunchConfig, head_dim: int) -> None:
+    """What a call of one branch runs and no candidate does: refused, spilling, or larger than the plan reckons with."""
+    variant = Variant.from_name(name)
+    problem = case_problem(variant, head_dim=head_dim)
+    found = compile_offline(problem, Choice.of(op, (0,), variant, config, "test", ""), "sm_90", computes_delta=True)
+    assert found.shared_bytes <= heuristics.shared_bytes(op, head_dim, problem.dtype, config, "sm_90")
+    assert found.spills <= 128
+
+
 THREES = Problem("bf16", 1, 49153, 16, 16, 64, ((24576, 3),))
 """LLVM knows that no segment has 65536 steps, and divides by 3 in 16 bits."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,39 @@ def test_all_gradients_that_do_not_fit_at_once_come_apart(tried: list[str], monk
     assert [(choice.op, choice.merge) for choice in apart.backward] == [("dkdv", False), ("dq", False)]
     launch.backward(found, *given, **sides)
     assert tried[5:] == [smallest] * 3
+
+
+@pytest.mark.parametrize(
+    ("branches", "described", "ran"),
+    [
+        (((2048, 2),), True, ["dq", "dkdv"]),
+        (((128, 1),), True, ["bwd"]),
+        (((2048, 2),), False, ["dq", "delta", "dkdv", "dq"]),
+        (((300, 1), (2048, 2)), True, ["delta", "dkdv", "dq", "dkdv", "dq"]),
+    ],
+)
+def test_who_computes_delta(
+    branches: tuple[tuple[int, int], ...], described: bool, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A delta that is read before it is there: from the text in Triton that takes a ring's place, or of other rows."""
+    found = plan(replace(PROBLEM, branches=branches), device.simulated("h100"), "triton")
+    q, row = torch.zeros(1, 4096, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 4, 4096)
+    names: list[str] = []
+
+    def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[str, dict[str, Any], int]:
+        return choice.op, {"p_out": values["p_out"]} if described and choice.op in ("dq", "bwd") else {}, 1
+
+    def run_kernel(prepared: tuple[str, dict[str, Any], int], config: LaunchConfig) -> launch.Launch:
+        names.append(prepared[0])
+        return launch.Launch(None, *prepared[1:])
+
+    monkeypatch.setattr(launch, "prepared", prepared)
+    monkeypatch.setattr(launch, "prepared_delta", lambda *_: ("delta", {}, 1))
+    monkeypatch.setattr(launch, "run_kernel", run_kernel)
+    monkeypatch.setattr(launch.replay, "run", lambda key, owners, names, tensors, first: [*first()])
+    sides = {"scale": 1.0, "index": None, "mask": None, "offsets": HeadOffsets(((0, 0, 0, 0),))}
+    launch.backward(found, q, q, q, q, row, q, row, **sides)
+    assert names == ran
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward launches of a plan: delta once, then dK/dV and dQ of each branch, or all three at once.
 
+    Where one launch sees all rows and can, it takes delta from out itself, and goes first.
+
     Where the mix is detached, delta is each branch's own, from its output computed again.
 
     Args:
@@ -129,18 +131,27 @@ def backward(
 
     def launches() -> Iterator[Launch]:
         shared = shared_values(plan.problem, _arch(plan), scale, index, mask, dropout, q=q, k=k, v=v, dout=dout)
-        shared.update(p_lse=lse, p_delta=delta, p_out=out, dout_d=dout.stride(3))
-        shared.update(p_dq=dq, p_dk=dk, p_dv=dv)
-        if not detached:
-            yield run_kernel(prepared_delta(plan.problem, shared, dlse), DELTA)
+        shared.update(p_lse=lse, p_delta=delta, dout_d=dout.stride(3), p_dq=dq, p_dk=dk, p_dv=dv)
+        with_out = {**shared, "p_out": out, "p_dlse": dlse}
+        if dlse is not None:
+            with_out.update(zip(("dlse_b", "dlse_h", "dlse_n"), dlse.stride(), strict=True))
         again = {choice.branch: replace(choice, merge=False) for choice in plan.fwd}
-        for branch, choices in groupby(plan.backward, attrgetter("branch")):
+        choices = list(plan.backward)
+        if not detached:
+            own = _computes_delta(plan)
+            made = own and _run(plan.problem, own, branch_values(plan.problem, own, offsets, with_out))
+            if own and made and "p_out" in made.arguments:
+                choices.remove(own)
+                yield made
+            else:  # also where no descriptor can be made, and a text in Triton ran, which reads delta
+                yield run_kernel(prepared_delta(plan.problem, with_out), DELTA)
+        for branch, of_branch in groupby(choices, attrgetter("branch")):
             if detached:
                 # The weights that mix the branches are constants: delta is the branch's own, and so is its output.
                 alone = {**shared, "p_out": branch_out, "p_lse": branch_lse}
                 yield _run(plan.problem, again[branch], branch_values(plan.problem, again[branch], offsets, alone))
-                yield run_kernel(prepared_delta(plan.problem, alone, None, branch), DELTA)
-            for choice in choices:
+                yield run_kernel(prepared_delta(plan.problem, alone, branch), DELTA)
+            for choice in of_branch:
                 yield _run(plan.problem, choice, branch_values(plan.problem, choice, offsets, shared))
 
     sides, kind = _sides(plan, q.get_device(), scale, index, mask, offsets, dropout)
@@ -155,6 +166,12 @@ def backward(
         sides_of: dict[str, Any] = {"index": index, "mask": mask, "offsets": offsets, "dropout": dropout}
         return backward(plan, q, k, v, out, lse, dout, dlse, scale=scale, **sides_of)
     return dq, dk, dv
+
+
+def _computes_delta(plan: Plan) -> Choice | None:
+    """The launch that takes delta from out, and so needs no kernel before it: it sees all rows, and its text can."""
+    choices = [choice for choice in plan.backward if choice.op in ("dq", BACKWARD)]
+    return choices[0] if len(choices) == 1 and choices[0].variant.ring else None
 
 
 def _sides(
@@ -215,6 +232,11 @@ def shared_values(
     first, last = problem.query_range or (0, problem.length)
     q = strided["q"]
     return values | {
+        "p_out": None,
+        "p_dlse": None,
+        "dlse_b": 0,
+        "dlse_h": 0,
+        "dlse_n": 0,
         "p_index": index,
         "p_mask": None if mask is None else mask.view(torch.uint8),
         "mask_b": 0 if mask is None else mask.stride(0),
@@ -475,23 +497,18 @@ def run_kernel(prepared: tuple[Any, dict[str, Any], int], config: LaunchConfig) 
 
 
 def prepared_delta(
-    problem: Problem, shared: Mapping[str, Any], dlse: Tensor | None, branch: int | None = None
+    problem: Problem, shared: Mapping[str, Any], branch: int | None = None
 ) -> tuple[Any, dict[str, Any], int]:
     """The delta kernel, of one branch or of all, its arguments by name in order, and the number of programs."""
     kernel = generated.load("delta").delta
     batch, rows, heads, _ = shared["p_out"].shape
-    strides = (0, 0, 0) if dlse is None else dlse.stride()
     apart = _rows_apart(problem, problem.branches if branch is None else problem.branches[branch : branch + 1])
     given = {
         **shared,
-        "p_dlse": dlse,
-        "dlse_b": strides[0],
-        "dlse_h": strides[1],
-        "dlse_n": strides[2],
         "N": rows,
         "BLOCK_M": DELTA.block_m,
         "DILATION": apart,
-        "HAS_DLSE": dlse is not None,
+        "HAS_DLSE": shared["p_dlse"] is not None,
     }
     return kernel, _in_order(kernel, given), batch * heads * cdiv(cdiv(rows, apart), DELTA.block_m)
 

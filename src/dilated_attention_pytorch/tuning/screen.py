@@ -57,13 +57,14 @@ IN_16_BITS = re.compile(r"\b(?:max|min)\.[us]16\b")
 well, ptxas 12.8 gets the comparison wrong (CONTRIBUTING.md)."""
 
 
-def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
+def compile_offline(problem: Problem, choice: Choice, arch: str, *, computes_delta: bool = False) -> Resources:
     """Compile one launch of a plan for an architecture.
 
     Args:
         problem: The call; its tensors are taken as contiguous.
         choice: The launch.
         arch: "sm_90", "gfx942", …
+        computes_delta: Of a backward launch that can: from out. Else it is given, as where candidates are timed.
 
     Raises:
         UnsupportedError: Triton is not installed, or runs as an interpreter in this process.
@@ -74,6 +75,8 @@ def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
     if problem.head_offset == "table":
         offsets = torch.empty((len(problem.branches), problem.heads), dtype=torch.int32, device="meta")
     shared = _shared(problem, acting_order(problem, choice.branch), arch)
+    if choice.op != "fwd" and not computes_delta:
+        shared["p_out"] = None
     values = branch_values(problem, choice, HeadOffsets((), offsets), shared)
     return _compiled(prepared(choice, values), choice.config, arch)
 
@@ -81,7 +84,7 @@ def compile_offline(problem: Problem, choice: Choice, arch: str) -> Resources:
 def compile_delta(problem: Problem, arch: str) -> Resources:
     """Compile the kernel that every backward shares; raises as `compile_offline`."""
     values = _shared(problem, "none", arch)
-    return _compiled(prepared_delta(problem, values, values["p_lse"]), DELTA, arch)
+    return _compiled(prepared_delta(problem, values | {"p_dlse": values["p_lse"]}), DELTA, arch)
 
 
 def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arch: str) -> Resources:
