@@ -60,7 +60,10 @@ class Pattern:
         """The pattern's variants, each with what it relies on."""
         if self.wider:
             yield self.variant(), "one pass"
-            yield self.variant(even=True), "one pass, nothing is ragged"
+            even = self.variant(even=True)
+            yield even, "one pass, nothing is ragged"
+            if even.ringable:
+                yield replace(even, ring=True), f"one pass; {RING}"
             return
         rows = self.variant().rows
         whole = isinstance(self.segment, str) or self.segment % self.dilation == 0

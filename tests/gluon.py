@@ -9,6 +9,7 @@ products and copies of tiles are done at once, those of rows when they are waite
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,9 @@ _HERE = threading.local()
 
 
 class Int(int):
-    """A scalar of a kernel: divides towards zero, and can be converted."""
+    """A scalar of a kernel: divides towards zero, is compared to one, and can be converted."""
+
+    __hash__ = int.__hash__
 
     def to(self, dtype: torch.dtype) -> Int:
         return self
@@ -53,7 +56,26 @@ def _closed(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "xor", "rshift", "lshift"):
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "and",
+    "rand",
+    "or",
+    "xor",
+    "rshift",
+    "lshift",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+):
     setattr(Int, f"__{_name}__", _closed(f"__{_name}__"))
 
 
@@ -77,7 +99,7 @@ class Pointer:
 
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         at = torch.as_tensor(self.at)
-        wanted = torch.as_tensor(True if mask is None else mask).expand(at.shape)
+        wanted = torch.as_tensor(True if mask is None else mask).bool().expand(at.shape)
         found = at[wanted]
         assert not found.numel() or 0 <= found.min() <= found.max() < self.memory.numel(), "outside of memory"
         return at, wanted
@@ -226,7 +248,10 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+    if isinstance(condition, Tensor):
+        return torch.where(condition.bool(), a, b)
+    found = a if condition else b
+    return Int(found) if isinstance(found, int) else found
 
 
 def _extreme(pick: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -311,7 +336,8 @@ LANGUAGE = SimpleNamespace(
     NVMMASharedLayout=SimpleNamespace(get_default_for=_Layout),
     SwizzledSharedLayout=_Layout,
     constexpr=lambda value: value,
-    **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "zeros_like", "exp2", "log2")},
+    **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "zeros_like", "exp2")},
+    log2=lambda x: torch.log2(x) if isinstance(x, Tensor) else math.log2(x),
     arange=lambda first, last, layout: torch.arange(first, last),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),

@@ -154,7 +154,8 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
         return {BACKWARD: LaunchConfig(64, 128, num_warps=8, num_stages=1, loads="ring")}
     if variant.ring:
         produced = LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer")
-        return dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")) | {"fwd": produced}
+        alone = dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"))
+        return alone if variant.wider else alone | {"fwd": produced}
     rows = variant.rows or 64
     if not variant.one_tile:
         # Not all keys in one tile, and an even divisor of all rows.
@@ -194,6 +195,17 @@ RINGS = (
     },
 )
 """Tiles of unequal sides, one and several places, one and two warpgroups, and those beside a producer."""
+
+CHAIN_RINGS = tuple({op: replace(of[op], num_stages=2, maxnreg=None, loads="ring") for op in OPS} for of in RINGS)
+"""The same for several branches in one pass: two places, and nobody who loads for others."""
+
+CHAINS = {
+    "nested": Case(N=8192, branches=((2048, 1), (4096, 2), (8192, 4)), H=4, D=64, dtype="bf16"),
+    "causal": Case(N=8192, branches=((2048, 1), (4096, 2), (8192, 4)), H=4, D=64, causal=True, dtype="fp16"),
+    "grouped": Case(N=4096, branches=((1024, 1), (2048, 2)), B=2, H=4, G=2, D=128, causal=True, dtype="bf16"),
+    "short": Case(N=1024, branches=((1024, 1), (2048, 2)), H=2, D=64, head_offset="zero", dtype="bf16"),
+}
+"""Calls of several branches that one pass computes, and nothing is ragged."""
 
 
 def chosen_config(variant: Variant) -> dict[str, LaunchConfig]:

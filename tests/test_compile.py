@@ -250,6 +250,8 @@ OVERLAPPING = (
     ("full_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"), 64),
     ("general_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
     ("general_one_even_ring", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"), 64),
+    ("s1024_2048_d1_2_even_ring", "fwd", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 64),
+    ("s1024_2048_d1_2_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
 )
 
 
@@ -274,7 +276,8 @@ def test_exponentials_are_taken_beside_a_product(
     monkeypatch.setattr(triton, "compile", compiling)
     variant = Variant.from_name(name)
     problem = case_problem(variant, head_dim=head_dim)
-    compile_offline(problem, Choice.of(op, (0,), variant, config, "test", ""), "sm_90")
+    branches = tuple(range(len(problem.branches)))
+    compile_offline(problem, Choice.of(op, branches, variant, config, "test", ""), "sm_90")
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(binaries[-1])
     disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"

@@ -160,6 +160,15 @@ _CHAINS_ON_HOPPER = {
         "dq": LaunchConfig(64, 64, num_warps=4, num_stages=3),
     },
 }
+# In Gluon: the tiles that are best of one branch, in two places. Nobody has timed them yet.
+_RINGS_OF_CHAINS = {
+    64: {
+        "fwd": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+        "dkdv": LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"),
+        "dq": LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+    },
+    128: dict.fromkeys(("fwd", "dkdv", "dq"), LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")),
+}
 _FAMILIES = {"sm_90": "hopper", **dict.fromkeys(("sm_80", "sm_87", "sm_100", "sm_103", "gfx950"), "large")}
 
 
@@ -225,7 +234,9 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
     loads = "descriptor" if takes_descriptors(arch, head_dim, dtype) else "pointer"
     measured = _CHAINS_ON_HOPPER.get((loads, padded_head_dim(head_dim) * DTYPE_BYTES[dtype]), {})
     best = [measured[op]] if arch == "sm_90" and op in measured else []
-    configs = [*best, *(replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))]
+    rings = [_RINGS_OF_CHAINS[padded_head_dim(head_dim)][op]] if takes_rings(arch, head_dim, dtype) else []
+    others = (replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))
+    configs = [*rings, *best, *others]
     return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
 
 

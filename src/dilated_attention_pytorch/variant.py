@@ -89,7 +89,8 @@ class Variant:
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
         if self.ring and not self.ringable:
             raise ConfigError(
-                "a ring of tiles is for one branch whose steps are tokens, the kept ones: even, or general and in loops"
+                "a ring of tiles is for steps that are tokens, the kept ones: even, or of one branch, general and in "
+                "loops; of several the first keeps every step"
             )
         if self.wider:
             self._check_chain()
@@ -108,8 +109,10 @@ class Variant:
     @property
     def ringable(self) -> bool:
         """There may be a text beside it, or it is that text, whose kernels keep a ring of tiles of their own."""
-        if self.wider or (self.order, self.queries) != ("none", "dilated"):
+        if (self.order, self.queries) != ("none", "dilated"):
             return False
+        if self.wider:
+            return self.even and self.dilation == 1
         general = self.dilation is None and not self.one_tile
         return self.even or general
 

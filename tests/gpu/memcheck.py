@@ -34,6 +34,7 @@ KINDS = (
     "s1024_2048_d1_2_even",
     "general_even",
     "general_one_even",
+    "s1024_2048_d1_2_even_ring",
     "s4096_d2_even_ring",
     "general_one_even_ring",
     "general_ring",
@@ -64,7 +65,8 @@ if __name__ == "__main__":
         # By descriptor and all gradients at once, or rows that a mask cuts off.
         width = 48 if name == "general_ring" else 64 if variant.described and variant.even else 24
         case = pattern_case(variant, D=width, dtype="bf16", causal=True)
-        config = chosen_config(variant) if variant.joinable else None if variant.wider else pattern_config(variant)
+        untuned = variant.wider and not variant.ring
+        config = chosen_config(variant) if variant.joinable else None if untuned else pattern_config(variant)
         run(name, case, make_inputs(case, "cuda"), config)
         if variant.described:
             case = replace(case, G=case.H)

@@ -22,6 +22,8 @@ from dilated_attention_pytorch.variant import Variant
 
 from ..cases import CASES, DETACHED, Case, make_inputs, oracle
 from ..kernels import (
+    CHAIN_RINGS,
+    CHAINS,
     RINGS,
     as_dtype,
     chosen_config,
@@ -149,7 +151,7 @@ def test_ring_of_tiles(name: str, causal: bool, record: Callable[..., None]) -> 
         dtype=("bf16", "fp16")[number // 2 % 2],
         causal=causal,
     )
-    case, config = replace(case, B=2), RINGS[number % len(RINGS)]
+    case, config = replace(case, B=2), (CHAIN_RINGS if variant.wider else RINGS)[number % len(RINGS)]
     assert variants_run(case, make_inputs(case, "cuda"), config) == {name}
     _run(case, case.dtype, record, config)
 
@@ -174,6 +176,16 @@ def test_what_a_ring_shares_with_others(case: Case, tiles: int, record: Callable
     """What earlier branches wrote, lost or taken twice; places of a ring that go on from one head to the next."""
     assert all(name.endswith("_ring") for name in variants_run(case, make_inputs(case, "cuda"), RINGS[tiles]))
     _run(case, case.dtype, record, RINGS[tiles])
+
+
+@hopper
+@pytest.mark.parametrize("tiles", range(len(CHAIN_RINGS)))
+@pytest.mark.parametrize("case", CHAINS.values(), ids=CHAINS)
+def test_several_branches_in_a_ring(case: Case, tiles: int, record: Callable[..., None]) -> None:
+    """A tile of another class, level or count; what is looked up ahead taken for what is at hand."""
+    (name,) = variants_run(case, make_inputs(case, "cuda"), CHAIN_RINGS[tiles])
+    assert name.endswith("_even_ring")
+    _run(case, case.dtype, record, CHAIN_RINGS[tiles])
 
 
 RAGGED = {

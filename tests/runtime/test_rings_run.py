@@ -18,10 +18,11 @@ from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.variant import Variant
 
 from .. import gluon, kernels
 from ..cases import Case, Inputs, make_inputs, oracle
-from ..kernels import RINGS, poisoned_outputs
+from ..kernels import CHAIN_RINGS, CHAINS, RINGS, poisoned_outputs
 from ..tolerances import Results, check_results
 
 pytest.importorskip("triton", reason="its descriptors say where rows lie")
@@ -90,6 +91,16 @@ def test_a_part_of_a_segment_asks(tiles: int, causal: bool) -> None:
     inputs, gpu = make_inputs(case, "cpu"), device.simulated("h100")
     with mock.patch.object(generated, "load", _load), mock.patch.object(kernels, "current", lambda where: gpu):
         actual = kernels.run_ranges(case, inputs, (0, 100, 350, 677, 700), RINGS[tiles])
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@pytest.mark.parametrize(("case", "tiles"), list(zip(CHAINS.values(), (1, 2, 0, 4), strict=True)), ids=CHAINS)
+def test_a_ring_computes_several_branches(case: Case, tiles: int) -> None:
+    """A tile of another class, level or count; what is looked up ahead taken for what is at hand."""
+    inputs = make_inputs(case, "cpu")
+    actual, texts = run(case, inputs, CHAIN_RINGS[tiles])
+    assert len(texts) == 1
+    assert Variant.from_name(texts.pop()).wider
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 

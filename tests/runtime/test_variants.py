@@ -90,9 +90,10 @@ def test_every_attention_text_can_run(added: list[str]) -> None:
         if variant.levels:
             length = 2 * variant.levels[-1][0] - (not variant.even)
             asked = replace(problem(length, 1, 1), branches=variant.levels)
-            found = chain(asked, texts & {text, text.removesuffix("_even")})
+            found = chain(asked, texts & {text, text.removesuffix("_ring").removesuffix("_even")})
             assert found == tuple(range(len(variant.levels)))
-            reached.add(str(text_for(asked, found, "fwd", SQUARE, texts)))
+            tiles = LaunchConfig(64, 64, num_stages=2, loads="ring") if variant.ring else SQUARE
+            reached.add(str(text_for(asked, found, "fwd", tiles, texts)))
             continue
         dilation = variant.dilation or 5
         of_any = (

@@ -171,7 +171,7 @@ def backward(
 def _computes_delta(plan: Plan) -> Choice | None:
     """The launch that takes delta from out, and so needs no kernel before it: it sees all rows, and its text can."""
     choices = [choice for choice in plan.backward if choice.op in ("dq", BACKWARD)]
-    return choices[0] if len(choices) == 1 and choices[0].variant.ring else None
+    return choices[0] if len(choices) == 1 and choices[0].variant.ring and not choices[0].wider else None
 
 
 def _sides(

@@ -35,17 +35,16 @@ def text_for(
     """The rendered variant that computes a branch, or a chain of them, with these tiles; None where there is none."""
     if len(branches) == 1:
         return variant_for(problem, branches[0], op, config, texts)
-    if config.loads in IN_GLUON:
+    if config.loads in IN_GLUON and refuses_ring(problem, branches, op, config):
         return None
     levels = [problem.branches[branch] for branch in branches]
-    rows, stride = rows_of_class(problem, branches), levels[-1][1]
+    rows = rows_of_class(problem, branches)
     if rows % config.block_m or rows % config.block_n:
         return None
-    # A last segment that is cut short leaves tiles of its span outside of the sequence.
-    whole = problem.length % problem.segment(branches[-1]) == 0
-    even = whole and problem.length % (stride * max(config.block_m, config.block_n)) == 0
-    variant = _of_chain(levels, even)
-    return variant if variant.name in texts else _of_chain(levels, even=False)
+    variant = _of_chain(levels, _fills_classes(problem, branches, config), ring=config.loads in IN_GLUON)
+    if variant.name in texts:
+        return variant
+    return None if variant.ring else _of_chain(levels, even=False)
 
 
 def rows_of_class(problem: Problem, branches: tuple[int, ...]) -> int:
@@ -97,8 +96,18 @@ def nested(problem: Problem) -> list[int]:
     return found
 
 
-def _of_chain(levels: list[tuple[int, int]], even: bool) -> Variant:
-    return Variant(*levels[0], even=even, wider=tuple(levels[1:]))
+def _of_chain(levels: list[tuple[int, int]], even: bool, *, ring: bool = False) -> Variant:
+    return Variant(*levels[0], even=even, wider=tuple(levels[1:]), ring=ring)
+
+
+def _fills_classes(problem: Problem, branches: tuple[int, ...], config: LaunchConfig) -> bool:
+    """Nothing of a chain is ragged: tiles fill the rows of each residue class, and segments the sequence.
+
+    A last segment that is cut short would leave tiles of its span outside of the sequence.
+    """
+    whole = problem.length % problem.segment(branches[-1]) == 0
+    stride = problem.branches[branches[-1]][1]
+    return whole and problem.length % (stride * max(config.block_m, config.block_n)) == 0
 
 
 def _extends(problem: Problem, found: list[int], branch: int) -> bool:
@@ -123,10 +132,10 @@ def _has_phantoms(problem: Problem, branch: int) -> bool:
 
 def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig) -> str | None:
     """Why no text with a ring of tiles computes a branch with these tiles; None where one may."""
-    if len(branches) > 1:
-        return "several branches share a launch in Triton alone"
     branch = branches[0]
     rows = problem.rows(branch)
+    if len(branches) > 1 and (reason := _refuses_chain(problem, branches, op, config)):
+        return reason
     if op == BACKWARD and (rows not in HELD_BY_A_RING or config.block_n != rows or config.block_m % 64):
         return f"a ring gives all gradients of segments of {' or '.join(map(str, HELD_BY_A_RING))} rows, by 64 or more"
     stay, loop = (config.block_n, config.block_m) if op in BY_KEYS else (config.block_m, config.block_n)
@@ -138,6 +147,8 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "dq begins a tile's scores while it holds the tile before: its ring has two places at least"
     if problem.queries == "all" or acting_order(problem, branch) != "none" or problem.mask or problem.dropout:
         return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
+    if len(branches) > 1:
+        return None
     if op == BACKWARD and problem.heads != problem.kv_heads:
         return "a ring gives all gradients of keys that one head asks"
     if fills(problem, branch, op, config):
@@ -150,6 +161,18 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "a ragged ring knows no table of offsets"
     if problem.branches[branch][1] > 1 and not _asks_whole_segments(problem, branch):
         return "a ragged ring knows no part of a segment of which some steps alone are kept"
+    return None
+
+
+def _refuses_chain(problem: Problem, branches: tuple[int, ...], op: str, config: LaunchConfig) -> str | None:
+    """Why no ring computes several branches in one pass with these tiles; None where one may."""
+    if op == BACKWARD or config.loads == "producer":
+        return "several branches share a ring's fwd, dkdv or dq, which loads for itself"
+    if config.num_stages != 2:
+        return "the ring of several branches has two places: it knows what comes two turns ahead"
+    unpadded = problem.head_dim == next_power_of_two(problem.head_dim)
+    if problem.branches[branches[0]][1] > 1 or not unpadded or not _fills_classes(problem, branches, config):
+        return "the ring of several branches has no tails, of rows or columns, and the first branch keeps every step"
     return None
 
 

@@ -154,9 +154,13 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
 
 
 def _loads(task: Task, device: Device) -> tuple[Value, ...]:
-    """The better ways: into a ring where there is one, else by descriptor where there are any."""
-    best = _all_loads(task, device)[0]
-    return (best, "ring") if best == "producer" else (best,)
+    """The better ways: into a ring where there is one, else by descriptor where there are any.
+
+    Of several branches both are tried: a ring's has but few tiles.
+    """
+    best, *others = _all_loads(task, device)
+    both = best == "producer" or (best == "ring" and _class(task) is not None)
+    return (best, others[0]) if both else (best,)
 
 
 def _all_loads(task: Task, device: Device) -> tuple[Value, ...]:
