@@ -301,7 +301,8 @@ def test_ranges_of_whole_segments_in_a_ring(tiles: int, length: int, record: Cal
 def test_ranges_of_parts_of_segments_in_a_ring(tiles: int, causal: bool, record: Callable[..., None]) -> None:
     """Rows counted from the first that asks, not from the segment's; a tile of queries that begins before the range."""
     head_dim = (64, 128, 48, 96, 80)[tiles]
-    case = Case(N=1500, branches=((600, 1), (2000, 1)), B=2, H=4, G=2, D=head_dim, causal=causal, dtype="bf16")
+    branches = ((600, 1), (2000, 1)) if tiles % 2 else ((600, 1),)  # of one alone dQ computes delta too
+    case = Case(N=1500, branches=branches, B=2, H=4, G=2, D=head_dim, causal=causal, dtype="bf16")
     inputs = make_inputs(case, "cuda")
     actual = run_ranges(case, inputs, (0, 100, 650, 1377, 1500), RINGS[tiles])
     record(actual, oracle(case, inputs), "bf16", dout=inputs.dout)

@@ -87,7 +87,9 @@ def test_a_ring_computes_attention(case: Case, tiles: int) -> None:
 @pytest.mark.parametrize("tiles", range(len(RINGS)))
 def test_a_part_of_a_segment_asks(tiles: int, causal: bool) -> None:
     """Rows counted from the segment's first, not from the first that asks; another batch element's before them."""
-    case = Case(N=700, branches=((300, 1), (900, 1)), B=2, H=2, G=1, D=64, causal=causal, dtype="bf16")
+    # Of one branch alone dQ computes delta too.
+    branches = ((300, 1), (900, 1)) if tiles % 2 else ((300, 1),)
+    case = Case(N=700, branches=branches, B=2, H=2, G=1, D=64, causal=causal, dtype="bf16")
     inputs, gpu = make_inputs(case, "cpu"), device.simulated("h100")
     with mock.patch.object(generated, "load", _load), mock.patch.object(kernels, "current", lambda where: gpu):
         actual = kernels.run_ranges(case, inputs, (0, 100, 350, 677, 700), RINGS[tiles])
