@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -241,61 +237,3 @@ def test_specialised_text_is_smaller_than_the_general_one() -> None:
     used = [compiled(variant, "fwd", "sm_90", problem)[0].registers for variant in (even, ragged)]
     assert None not in used
     assert used[0] < used[1]
-
-
-OVERLAPPING = (
-    ("full_even_ring", "fwd", LaunchConfig(64, 128, num_warps=4, num_stages=2, maxnreg=168, loads="ring"), 64),
-    ("full_even_ring", "fwd", LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="producer"), 128),
-    ("general_ring", "fwd", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 64),
-    ("full_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, maxnreg=168, loads="ring"), 64),
-    ("general_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
-    ("general_one_even_ring", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"), 64),
-    ("s1024_2048_d1_2_even_ring", "fwd", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 64),
-    ("s1024_2048_d1_2_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 128),
-)
-
-
-@pytest.mark.toolchain
-@pytest.mark.parametrize(
-    ("name", "op", "config", "head_dim"), OVERLAPPING, ids=lambda value: getattr(value, "name", value)
-)
-def test_exponentials_are_taken_beside_a_product(
-    name: str, op: str, config: LaunchConfig, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensor cores that wait for exponentials, and these for them: ptxas moves the wait for a product up."""
-    import triton
-
-    binaries: list[bytes] = []
-    compile_one = triton.compile
-
-    def compiling(*given: Any, **named: Any) -> Any:
-        made = compile_one(*given, **named)
-        binaries.append(made.asm["cubin"])
-        return made
-
-    monkeypatch.setattr(triton, "compile", compiling)
-    variant = Variant.from_name(name)
-    problem = case_problem(variant, head_dim=head_dim)
-    branches = tuple(range(len(problem.branches)))
-    compile_offline(problem, Choice.of(op, branches, variant, config, "test", ""), "sm_90")
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(binaries[-1])
-    disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    text = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout
-    warps = 4 if config.loads == "producer" else config.num_warps
-    tile = config.block_m // (2 if config.loads == "producer" else 1) * config.block_n
-    assert max(_beside_products(text)) >= tile // (32 * warps)
-
-
-def _beside_products(text: str) -> list[int]:
-    """Exponentials of a thread between the last product that is begun and the wait for all, wherever there is one."""
-    counts, count = [], 0
-    for kind, pending in re.findall(r"(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d))", text):
-        if kind == "HGMMA":
-            count = 0
-        elif pending == "0":
-            counts.append(count)
-            count = 0
-        else:
-            count += kind == "MUFU.EX2"
-    return counts

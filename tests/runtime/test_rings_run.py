@@ -106,10 +106,14 @@ def test_a_ring_computes_several_branches(case: Case, tiles: int) -> None:
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
+@pytest.mark.parametrize("branches", [((128, 1), (256, 2)), ((256, 2),)], ids=["merged", "alone"])
 @pytest.mark.parametrize("places", [1, 2])
-def test_all_gradients_come_from_one_launch(places: int) -> None:
-    """A segment whose tiles take the places of another's too early, or dS that is summed up before it is there."""
-    case = Case(N=1024, branches=((128, 1), (256, 2)), H=2, D=64, causal=True, dtype="bf16")
+def test_all_gradients_come_from_one_launch(places: int, branches: tuple[tuple[int, int], ...]) -> None:
+    """A segment whose tiles take the places of another's too early, or dS that is summed up before it is there.
+
+    Of one branch alone: a delta of another segment's outputs.
+    """
+    case = Case(N=1024, branches=branches, H=2, D=64, causal=True, dtype="bf16")
     inputs = make_inputs(case, "cpu")
     tiles = {"fwd": RINGS[0]["fwd"], "bwd": LaunchConfig(64, 128, num_warps=8, num_stages=places, loads="ring")}
     actual, texts = run(case, inputs, tiles)
