@@ -144,10 +144,11 @@ class Barrier:
 
 
 class Barriers:
-    """One a place."""
+    """One a place. One piece of memory: it is kept until the first of them is invalidated."""
 
     def __init__(self, places: int) -> None:
         self._all = [Barrier() for _ in range(places)]
+        _HERE.barriers.add(self._all[0])
 
     def index(self, place: int) -> Barrier:
         return self._all[int(place)]
@@ -155,6 +156,10 @@ class Barriers:
 
 def _init(bar: Barrier, count: int) -> None:
     bar.count = bar.pending = int(count)
+
+
+def _invalidate(bar: Barrier) -> None:
+    _HERE.barriers.remove(bar)
 
 
 def _arrive(bar: Barrier, count: int = 1) -> None:
@@ -243,7 +248,7 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
 
 def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
     if isinstance(layout, _BarrierLayout):
-        return Barrier() if len(shape) == 1 else Barriers(int(shape[0]))
+        return Barriers(int(shape[0]))
     return Shared(torch.full([int(size) for size in shape], torch.nan, dtype=dtype))
 
 
@@ -266,6 +271,7 @@ def _extreme(pick: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[A
 def _specialise(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: Sequence[int], registers: Sequence[int]) -> None:
     """Warpgroups beside each other, as threads."""
     mine, failed = dict(vars(_HERE)), []
+    _HERE.barriers.clear()  # what warpgroups share is kept until all are done
 
     def work(part: Any, arguments: tuple[Any, ...], num_warps: int) -> None:
         vars(_HERE).update(mine, num_warps=num_warps, among_others=True)
@@ -300,7 +306,9 @@ class Kernel:
             for program in range(grid[0]):
                 vars(_HERE).update(program=Int(program), programs=Int(grid[0]), num_warps=num_warps)
                 vars(_HERE).update(changed=threading.Condition(), among_others=False, begun=[], groups=[])
+                _HERE.barriers = set()
                 self._function(*given)
+                assert not _HERE.barriers, "a barrier whose memory may be another's after the last wait"
                 assert not _HERE.begun and not _HERE.groups, "a copy that nobody waits for ends in another's memory"
 
         return launch
@@ -359,7 +367,14 @@ LANGUAGE = SimpleNamespace(
 )
 HOPPER = SimpleNamespace(
     fence_async_shared=lambda: None,
-    mbarrier=SimpleNamespace(MBarrierLayout=_BarrierLayout, init=_init, expect=_expect, wait=_wait, arrive=_arrive),
+    mbarrier=SimpleNamespace(
+        MBarrierLayout=_BarrierLayout,
+        init=_init,
+        invalidate=_invalidate,
+        expect=_expect,
+        wait=_wait,
+        arrive=_arrive,
+    ),
     tma=SimpleNamespace(async_load=_copy_tile),
     warpgroup_mma=_product,
     warpgroup_mma_wait=_product_wait,

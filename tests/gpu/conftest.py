@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def _needs_a_gpu() -> None:
 
     if not torch.cuda.is_available():
         pytest.fail("make gpu-test needs a GPU that torch sees; `dilated-attention doctor` says what is there")
+
+
+@pytest.fixture(autouse=True)
+def _memory_for_the_others() -> Iterator[None]:
+    """A process a core shares the GPU, and the oracle takes gigabytes that torch would keep."""
+    yield
+    import torch
+
+    torch.cuda.empty_cache()

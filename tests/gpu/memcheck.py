@@ -1,23 +1,18 @@
 """A small case of each kind of text, forward and backward, with every tensor in an allocation of its own; and of what
 reads by descriptor, queries, keys and values in one.
 
-Run under compute-sanitizer by test_kernels.py.
+Run under compute-sanitizer by test_kernels.py, which tells torch to give every tensor its own allocation.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
 import dilated_attention_pytorch as dap
+from dilated_attention_pytorch.config import OPS, LaunchConfig
 from dilated_attention_pytorch.variant import Variant
 from tests.cases import Case, Inputs, arguments, make_inputs
 from tests.kernels import chosen_config, pattern_case, pattern_config, variants_run
@@ -41,6 +36,20 @@ KINDS = (
 )
 
 
+def kind(name: str) -> tuple[Case, Any]:
+    """A case of a text, and tiles with which the plan comes to it: by descriptor and all gradients at once, or rows
+    that a mask cuts off."""
+    variant = Variant.from_name(name)
+    width = 48 if name == "general_ring" else 64 if variant.described and variant.even else 24
+    case = pattern_case(variant, D=width, dtype="bf16", causal=True)
+    if variant.joinable:
+        return case, chosen_config(variant)
+    if variant.wider and not variant.ring:
+        loads = "descriptor" if variant.described else "pointer"
+        return case, dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads=loads))
+    return case, pattern_config(variant)
+
+
 def run(name: str, case: Case, inputs: Inputs, config: Any) -> None:
     assert name in variants_run(case, inputs, config)
     leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
@@ -62,11 +71,7 @@ if __name__ == "__main__":
         variant = Variant.from_name(name)
         if variant.ring and torch.cuda.get_device_capability() != (9, 0):
             continue
-        # By descriptor and all gradients at once, or rows that a mask cuts off.
-        width = 48 if name == "general_ring" else 64 if variant.described and variant.even else 24
-        case = pattern_case(variant, D=width, dtype="bf16", causal=True)
-        untuned = variant.wider and not variant.ring
-        config = chosen_config(variant) if variant.joinable else None if untuned else pattern_config(variant)
+        case, config = kind(name)
         run(name, case, make_inputs(case, "cuda"), config)
         if variant.described:
             case = replace(case, G=case.H)

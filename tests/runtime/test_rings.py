@@ -20,6 +20,9 @@ from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
 from dilated_attention_pytorch.runtime.variants import refuses_ring
 from dilated_attention_pytorch.tuning import screen
 
+from ..cases import make_inputs
+from ..gpu.memcheck import KINDS, kind
+from ..kernels import variants_run
 from ..measurements import TOOLCHAIN, database_at, entry
 
 EVEN = Problem("bf16", 1, 8192, 8, 8, 64, ((2048, 2),))
@@ -239,3 +242,11 @@ def test_a_plan_of_rings_is_explained() -> None:
         WIDE, device.simulated("h100"), options=Options(config=(("fwd", PRODUCER),)), toolchain=TOOLCHAIN
     )
     assert "128x128_w8_s2_producer" in found.explain() and "_even_ring" in found.explain()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_memcheck_comes_to_every_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind that another text took over: of it, nothing would be checked any more, or the check would break off."""
+    case, tiles = kind(name)
+    monkeypatch.setattr(device, "current", lambda where: device.simulated("h100"))
+    assert name in variants_run(case, make_inputs(case), tiles)
