@@ -14,6 +14,7 @@ from dilated_attention_pytorch.errors import ConfigError
 from dilated_attention_pytorch.heuristics import FLOOR
 from dilated_attention_pytorch.runtime.plan import Choice, untuned
 from dilated_attention_pytorch.runtime.variants import refuses_ring
+from dilated_attention_pytorch.tuning import screen
 from dilated_attention_pytorch.tuning.screen import Resources, compile_delta, compile_offline
 from dilated_attention_pytorch.variant import Variant
 
@@ -218,6 +219,31 @@ def test_what_is_not_refused_counts_in_32_bits(op: str, config: LaunchConfig) ->
     """A rule that refuses too little."""
     assert refuses_ring(THREES, (0,), op, config) is None
     compile_offline(THREES, Choice.of(op, (0,), Variant.from_name("general_ring"), config, "test", ""), "sm_90")
+
+
+def test_a_difference_that_ptxas_gets_wrong_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that refuses nothing: gradients of the first keys of a segment that are wrong, on a GPU alone."""
+    ptx = """
+    mul.hi.u32 %r3, %r1, 715827883;
+    cvt.u64.u32 %rd2, %r3;
+    cvt.u64.u32 %rd3, %r2;
+    sub.s64 %rd4, %rd2, %rd3;
+    """
+    tiles = LaunchConfig(64, 64)
+    with pytest.raises(ConfigError, match="quotient"):
+        screen._refuse_miscompiled(ptx, tiles)
+    screen._refuse_miscompiled(ptx.replace("%rd2, %rd3;", "%rd3, %rd2;"), tiles)  # that way round it is right
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("rate", [3, 5, 6])
+def test_no_ring_takes_a_difference_that_ptxas_gets_wrong(rate: int) -> None:
+    """Rows left of a segment, counted down from a first tile that may be 0, in the machine code of dK/dV."""
+    problem = replace(THREES, length=32768, branches=((16384, rate),), causal=True)
+    tiles = LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")
+    for name in ("general_ring", "full_ring"):
+        compile_offline(problem, Choice.of("dkdv", (0,), Variant.from_name(name), tiles, "test", ""), "sm_90")
+        problem = replace(problem, branches=((32768, rate),))
 
 
 @pytest.mark.parametrize("rows", [128, 256])

@@ -195,6 +195,7 @@ RAGGED = {
     "short-head": Case(N=1020, branches=((509, 4),), B=2, H=6, D=64, dtype="bf16"),
     "short-head-causal": Case(N=1020, branches=((509, 4),), H=8, G=2, D=96, causal=True, dtype="bf16"),
     "gigapath": Case(N=1203, branches=((256, 1), (580, 2), (2000, 4), (9000, 8)), H=16, D=48, dtype="bf16"),
+    "sixth": Case(N=1210, branches=((604, 6),), H=6, D=64, causal=True, dtype="bf16"),
     "columns": Case(N=1024, branches=((512, 1),), B=2, H=5, D=112, causal=True, dtype="fp16"),
     "rows-and-columns": Case(N=1501, branches=((700, 3),), B=3, H=3, D=80, head_offset="zero", dtype="bf16"),
     "steps": Case(N=1027, branches=((512, 4), (2048, 16)), B=2, H=16, D=64, dtype="bf16"),

@@ -56,6 +56,10 @@ IN_16_BITS = re.compile(r"\b(?:max|min)\.[us]16\b")
 """A maximum of integers of 16 bits, to which LLVM narrows counts that it knows to be small. Where it is compared as
 well, ptxas 12.8 gets the comparison wrong (CONTRIBUTING.md)."""
 
+_HIGH_HALF = re.compile(r"\bmul\.hi\.u32\s+(%r\d+),")
+_WIDENED = re.compile(r"\bcvt\.u64\.u32\s+(%rd\d+), (%r\d+);")
+_MINUEND = re.compile(r"\bsub\.[su]64\s+%rd\d+, (%rd\d+),")
+
 
 def compile_offline(problem: Problem, choice: Choice, arch: str, *, computes_delta: bool = False) -> Resources:
     """Compile one launch of a plan for an architecture.
@@ -68,7 +72,7 @@ def compile_offline(problem: Problem, choice: Choice, arch: str, *, computes_del
 
     Raises:
         UnsupportedError: Triton is not installed, or runs as an interpreter in this process.
-        ConfigError: The architecture is not one that Triton knows, or the kernel may never end: `IN_16_BITS`.
+        ConfigError: The architecture is not one that Triton knows, or ptxas gets the kernel wrong.
         Exception: Whatever the compiler raises.
     """
     offsets = None
@@ -101,10 +105,22 @@ def _compiled(launch: tuple[Any, dict[str, Any], int], config: LaunchConfig, arc
         from triton.experimental.gluon._runtime import GluonASTSource as Source  # what its own launcher takes
     source = Source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=_target(arch), options=compile_options(config))
-    if IN_16_BITS.search(compiled.asm.get("ptx", "")):
-        raise ConfigError(f"{config.name} counts in 16 bits, which ptxas 12.8 makes endless loops of; take other tiles")
+    _refuse_miscompiled(compiled.asm.get("ptx", ""), config)
     registers, spills = _usage(compiled.asm)
     return Resources(compiled.metadata.shared, registers, spills)
+
+
+def _refuse_miscompiled(ptx: str, config: LaunchConfig) -> None:
+    """What ptxas gets wrong is no candidate, and fails where a default is compiled (CONTRIBUTING.md)."""
+    if IN_16_BITS.search(ptx):
+        raise ConfigError(f"{config.name} counts in 16 bits, which ptxas 12.8 makes endless loops of; take other tiles")
+    quotients = set(_HIGH_HALF.findall(ptx))
+    widened = {wide for wide, narrow in _WIDENED.findall(ptx) if narrow in quotients}
+    if widened.intersection(_MINUEND.findall(ptx)):
+        raise ConfigError(
+            f"{config.name} takes a difference of a quotient in 64 bits, which ptxas 12.8 and 12.9 get wrong by 2^32 "
+            "where 0 is subtracted; take other tiles"
+        )
 
 
 def _shared(problem: Problem, order: str, arch: str) -> dict[str, Any]:
