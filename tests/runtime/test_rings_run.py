@@ -9,15 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_attention_pytorch import device, generated
 from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.device import Toolchain
+from dilated_attention_pytorch.errors import ConfigError
 from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
-from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.runtime.plan import Plan, plan
 from dilated_attention_pytorch.variant import Variant
 
 from .. import gluon, kernels
@@ -57,15 +60,19 @@ def _load(name: str) -> Any:
     return SimpleNamespace(delta=_Delta()) if name == "delta" else gluon.load(name)
 
 
-def run(case: Case, inputs: Inputs, tiles: Tiles) -> tuple[Results, set[str]]:
-    """Forward and backward of a case in Gluon, and the texts that ran."""
-    chosen = plan(
+def planned(case: Case, tiles: Tiles) -> Plan:
+    return plan(
         case.problem,
         device.simulated("h100"),
         "triton",
         Options((*tiles.items(),)),
         toolchain=Toolchain("3.6.0"),
     )
+
+
+def run(case: Case, inputs: Inputs, tiles: Tiles) -> tuple[Results, set[str]]:
+    """Forward and backward of a case in Gluon, and the texts that ran."""
+    chosen = planned(case, tiles)
     given: dict[str, Any] = {"scale": case.D**-0.5, "index": None, "mask": None, "offsets": HeadOffsets(case.offsets)}
     with mock.patch.object(generated, "load", _load), poisoned_outputs():
         out, lse = launch.forward(chosen, *inputs[:3], **given)
@@ -119,6 +126,43 @@ def test_all_gradients_come_from_one_launch(places: int, branches: tuple[tuple[i
     actual, texts = run(case, inputs, tiles)
     assert "general_one_even_ring" in texts
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Case, Tiles]:
+    """A call that rings may compute, with the tiles of some: whole segments as often as tails."""
+    groups = draw(st.sampled_from((1, 2)))
+    rate = st.sampled_from((1, 2, 3, 4, 6))
+    segment = st.integers(64, 900) | st.sampled_from((128, 256, 384, 512, 768))
+    case = Case(
+        N=draw(st.integers(64, 900) | st.sampled_from((512, 768, 1024))),
+        branches=tuple(draw(st.lists(st.tuples(segment, rate), min_size=1, max_size=3))),
+        B=draw(st.sampled_from((1, 2))),
+        H=groups * draw(st.sampled_from((1, 2, 3))),
+        G=groups,
+        D=draw(st.sampled_from((64, 128, 48, 96))),
+        head_offset=draw(st.sampled_from(("cyclic", "blocked", "zero"))),
+        causal=draw(st.booleans()),
+        padding=draw(st.sampled_from(("none", "none", "zeros"))),
+        dtype=draw(st.sampled_from(("bf16", "fp16"))),
+    )
+    tiles = dict(draw(st.sampled_from(RINGS + CHAIN_RINGS)))
+    if draw(st.booleans()):
+        tiles["bwd"] = LaunchConfig(64, 128, num_warps=8, num_stages=draw(st.sampled_from((1, 2))), loads="ring")
+    return case, tiles
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(call=calls())
+def test_drawn_calls(call: tuple[Case, Tiles]) -> None:
+    """What nobody thought of."""
+    case, tiles = call
+    try:
+        assume(all(choice.variant.ring for choice in planned(case, tiles).launches))
+    except ConfigError:  # tiles that no text takes for this call
+        assume(False)
+    inputs = make_inputs(case, "cpu")
+    check_results(run(case, inputs, tiles)[0], oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
 def test_the_stand_in_finds_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
