@@ -287,16 +287,22 @@ def resources(found: Sequence[tuple[offline.Launch, Resources | str]], device: d
     )
     for launch, taken in found:
         config = launch.choice.config
-        loads = "" if config.loads == "pointer" else f"_{config.loads}"
-        tiles = f"{config.name.removesuffix(loads)}\n{loads}".rstrip()  # 80 columns hold no more
-        row = [launch.choice.variant.name, launch.choice.op, tiles]
+        row = [folded(launch.choice.variant.name, 24), launch.choice.op, folded(config.name, 18)]
         if isinstance(taken, str):
             table.add_row(*row, "failed", "", "")
             assert table.caption is not None
-            table.caption = f"{table.caption}\n{row[0]} {row[1]}: {escape(taken)}"
+            table.caption = f"{table.caption}\n{launch.choice.variant.name} {row[1]}: {escape(taken)}"
         else:
             table.add_row(*row, f"{taken.shared_bytes:,}", _or_dash(taken.registers), _or_dash(taken.spills))
     return table
+
+
+def folded(name: str, width: int) -> str:
+    """A name whose words `_` joins, on as many lines as it takes: 80 columns hold no table of long ones."""
+    if len(name) <= width:
+        return name
+    cut = name.rfind("_", 1, width + 1)
+    return f"{name[:cut]}\n{folded(name[cut:], width)}"
 
 
 def fits(taken: Resources | str, device: devices.Device) -> bool:
