@@ -155,7 +155,7 @@ def pattern_config(variant: Variant) -> dict[str, LaunchConfig] | None:
     if variant.ring:
         produced = LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="producer")
         alone = dict.fromkeys(OPS, LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"))
-        return alone if variant.wider else alone | {"fwd": produced}
+        return alone if variant.wider or variant.order != "none" else alone | {"fwd": produced}
     rows = variant.rows or 64
     if not variant.one_tile:
         # Not all keys in one tile, and an even divisor of all rows.
@@ -198,6 +198,21 @@ RINGS = (
 
 CHAIN_RINGS = tuple({op: replace(of[op], num_stages=2, maxnreg=None, loads="ring") for op in OPS} for of in RINGS)
 """The same for several branches in one pass: two places, and nobody who loads for others."""
+
+ORDER_RINGS = tuple(
+    {op: replace(of[op], num_warps=min(of[op].num_warps, 4), block_m=64, loads="ring") for op in OPS}
+    for of in RINGS[:3]
+)
+"""And along an order: nobody who loads for others either."""
+
+ALONG_ORDERS = {
+    "any": Case(N=512, branches=((256, 2),), B=2, H=4, G=2, D=64, order="random", causal=True, dtype="bf16"),
+    "merged": Case(N=1024, branches=((256, 1), (512, 4)), H=2, D=64, order="random", head_offset="zero", dtype="fp16"),
+    "whole": Case(N=384, branches=((384, 3),), B=2, H=3, D=128, order="random", dtype="bf16"),
+    "snake": Case(N=768, branches=((384, 3),), H=4, D=64, order="snake", causal=True, dtype="bf16"),
+    "snakes": Case(N=640, branches=((320, 1), (640, 5)), H=5, D=128, order="snake", dtype="fp16"),
+}
+"""Calls along orders in which nothing is ragged."""
 
 CHAINS = {
     "nested": Case(N=8192, branches=((2048, 1), (4096, 2), (8192, 4)), H=4, D=64, dtype="bf16"),

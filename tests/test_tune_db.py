@@ -214,7 +214,7 @@ def test_an_entry_that_its_own_key_passes_over_is_seen(tmp_path: Path) -> None:
     assert fault.where == row.title
     assert re.fullmatch(
         r"its own key leads to \S+ from rung '(heuristic|nearest)': 64x64_w4_s2_ring on \S+: a ring of tiles knows no "
-        r"order, mask or dropout, .*; tune it again",
+        r"mask or dropout, .*; tune it again",
         fault.problem,
     )
 

@@ -89,8 +89,8 @@ class Variant:
             raise ConfigError(f"segment {self.segment} is no multiple of dilation {self.dilation}: it cannot be even")
         if self.ring and not self.ringable:
             raise ConfigError(
-                "a ring of tiles is for steps that are tokens, the kept ones: even, or of one branch, general and in "
-                "loops; of several the first keeps every step"
+                "in a ring of tiles the kept steps ask: even, or of one branch without an order, general and in loops; "
+                "along an order in loops; of several branches the first keeps every step"
             )
         if self.wider:
             self._check_chain()
@@ -104,15 +104,17 @@ class Variant:
     @property
     def described(self) -> bool:
         """Its tiles may be loaded by tensor descriptors, whose rows are whole rows of memory."""
-        return bool(self.wider) or self.ring or (self.even and self.order == "none")
+        return bool(self.wider) or (self.order == "none" and (self.ring or self.even))
 
     @property
     def ringable(self) -> bool:
         """There may be a text beside it, or it is that text, whose kernels keep a ring of tiles of their own."""
-        if (self.order, self.queries) != ("none", "dilated"):
+        if self.queries != "dilated":
             return False
         if self.wider:
             return self.even and self.dilation == 1
+        if self.order != "none":
+            return self.even and not self.one_tile
         general = self.dilation is None and not self.one_tile
         return self.even or general
 

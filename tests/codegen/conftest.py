@@ -30,7 +30,7 @@ def templates(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "attention.py.jinja").write_text(ATTENTION)
     (folder / "chain.py.jinja").write_text('"""The module `{{ name }}`."""\n\n\nLEVELS = {{ levels }}\n')
-    for ring in ("ring", "chainring"):
+    for ring in ("ring", "chainring", "orderring"):
         (folder / f"{ring}.py.jinja").write_text('"""The module `{{ name }}`."""\n')
     (folder / "delta.py.jinja").write_text('{% import "_sizes.jinja" as sizes %}\nBLOCK = {{ sizes.block() }}\n')
     (folder / "_sizes.jinja").write_text("{% macro block() %}64{% endmacro %}\n")

@@ -27,8 +27,8 @@ def texts(pattern: Pattern) -> list[str]:
         (Pattern(128, 4), ["s128_d4", "s128_d4_one", "s128_d4_one_even"]),  # 32 rows: a tile of their own, no two of 64
         (Pattern(96, 1), ["s96_d1", "s96_d1_one"]),  # 96 rows fill no tile: its size is a power of two
         (Pattern(128, 16), ["s128_d16_one"]),  # 8 rows fill no tile: a tensor core takes 16
-        (Pattern("full", 3, "hilbert"), ["full_d3_hilbert", "full_d3_hilbert_even"]),  # a ring knows no order
-        (Pattern(2048, 4, "none", "all"), ["s2048_d4_all", "s2048_d4_all_even"]),  # nor queries that are no keys
+        (Pattern("full", 3, "hilbert"), ["full_d3_hilbert", "full_d3_hilbert_even", "full_d3_hilbert_even_ring"]),
+        (Pattern(2048, 4, "none", "all"), ["s2048_d4_all", "s2048_d4_all_even"]),  # a ring asks no queries without keys
     ],
     ids=lambda value: "" if isinstance(value, list) else f"{value.segment}:{value.dilation}",
 )
@@ -60,6 +60,7 @@ def test_every_order_and_kind_of_queries_has_its_general_variants() -> None:
         "general_one_even_ring",
         "general_ring",
         "full_ring",
+        *(f"{base}_{order}_even_ring" for base in ("general", "full") for order in ("snake", "hilbert")),
     }
 
 

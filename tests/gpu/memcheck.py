@@ -33,6 +33,7 @@ KINDS = (
     "s4096_d2_even_ring",
     "general_one_even_ring",
     "general_ring",
+    "general_hilbert_even_ring",
 )
 
 
@@ -40,7 +41,7 @@ def kind(name: str) -> tuple[Case, Any]:
     """A case of a text, and tiles with which the plan comes to it: by descriptor and all gradients at once, or rows
     that a mask cuts off."""
     variant = Variant.from_name(name)
-    width = 48 if name == "general_ring" else 64 if variant.described and variant.even else 24
+    width = 48 if name == "general_ring" else 64 if variant.ring or (variant.described and variant.even) else 24
     case = pattern_case(variant, D=width, dtype="bf16", causal=True)
     if variant.joinable:
         return case, chosen_config(variant)

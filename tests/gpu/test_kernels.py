@@ -23,8 +23,10 @@ from dilated_attention_pytorch.variant import Variant
 
 from ..cases import CASES, DETACHED, Case, make_inputs, oracle
 from ..kernels import (
+    ALONG_ORDERS,
     CHAIN_RINGS,
     CHAINS,
+    ORDER_RINGS,
     RINGS,
     as_dtype,
     chosen_config,
@@ -152,7 +154,8 @@ def test_ring_of_tiles(name: str, causal: bool, record: Callable[..., None]) -> 
         dtype=("bf16", "fp16")[number // 2 % 2],
         causal=causal,
     )
-    case, config = replace(case, B=2), (CHAIN_RINGS if variant.wider else RINGS)[number % len(RINGS)]
+    rings = CHAIN_RINGS if variant.wider else RINGS if variant.order == "none" else ORDER_RINGS
+    case, config = replace(case, B=2), rings[number % len(rings)]
     assert variants_run(case, make_inputs(case, "cuda"), config) == {name}
     _run(case, case.dtype, record, config)
 
@@ -177,6 +180,16 @@ def test_what_a_ring_shares_with_others(case: Case, tiles: int, record: Callable
     """What earlier branches wrote, lost or taken twice; places of a ring that go on from one head to the next."""
     assert all(name.endswith("_ring") for name in variants_run(case, make_inputs(case, "cuda"), RINGS[tiles]))
     _run(case, case.dtype, record, RINGS[tiles])
+
+
+@hopper
+@pytest.mark.parametrize("tiles", range(len(ORDER_RINGS)))
+@pytest.mark.parametrize("case", ALONG_ORDERS.values(), ids=ALONG_ORDERS)
+def test_a_ring_along_an_order(case: Case, tiles: int, record: Callable[..., None]) -> None:
+    """Rows that are read before their copies are there, or overwritten while tensor cores read them."""
+    along = "snake" if case.order == "snake" else "hilbert"
+    assert any(along in name for name in variants_run(case, make_inputs(case, "cuda"), ORDER_RINGS[tiles]))
+    _run(case, case.dtype, record, ORDER_RINGS[tiles])
 
 
 @hopper

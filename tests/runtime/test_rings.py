@@ -19,6 +19,7 @@ from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
 from dilated_attention_pytorch.runtime.variants import refuses_ring
 from dilated_attention_pytorch.tuning import screen
+from dilated_attention_pytorch.variant import Variant
 
 from ..cases import make_inputs
 from ..gpu.memcheck import KINDS, kind
@@ -55,7 +56,8 @@ def test_hopper_runs_them_untuned(tmp_path: Path, head_dim: int, causal: bool, l
         {"mask": True},
         {"dropout": True},
         {"queries": "all"},
-        {"order": "hilbert"},
+        {"order": "hilbert", "length": 8000},
+        {"order": "snake", "row_width": 100, "head_dim": 48},
         {"head_offset": "table"},
         {"head_dim": 72},
         {"dtype": "fp32"},
@@ -67,6 +69,34 @@ def test_what_they_do_not_know_runs_in_triton(tmp_path: Path, change: dict[str, 
     """A mask that is not asked, a tail that is read as keys, a group's heads that keep other steps."""
     found = untuned(tmp_path, replace(EVEN, **change))  # type: ignore[arg-type]
     assert not any(choice.variant.ring or choice.config.loads in ("ring", "producer") for choice in found)
+
+
+@pytest.mark.parametrize("order", ["hilbert", "snake"])
+@pytest.mark.parametrize("branches", [((2048, 1),), ((2048, 2),), ((8192, 4),)], ids=str)
+def test_they_follow_orders(tmp_path: Path, order: str, branches: tuple[tuple[int, int], ...]) -> None:
+    """Half the speed along a curve; a producer that knows none, or one launch that gives all gradients."""
+    along = replace(EVEN, order=order, row_width=100 if order == "snake" else 0, branches=branches)
+    for head_dim in (64, 128):
+        found = untuned(tmp_path, replace(along, head_dim=head_dim))
+        assert all(choice.variant.ring and choice.variant.order == order for choice in found)
+        assert {choice.config.loads for choice in found} == {"ring"}
+    assert {choice.op for choice in untuned(tmp_path, replace(along, branches=((256, 2),)))} == {"fwd", "dkdv", "dq"}
+
+
+def test_rows_that_no_16_bytes_hold_are_read_by_pointers() -> None:
+    """A copy that the hardware refuses, in the middle of a training."""
+    along = replace(EVEN, order="hilbert")
+    k, v, out = (torch.empty(1, 8192, 8, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    variant = Variant.from_name("general_hilbert_even_ring")
+    choice = Choice.of("fwd", (0,), variant, RING, "test", "")
+    for width, loads in ((64, True), (66, False)):
+        x = torch.empty(1, 8192, 8, width, dtype=torch.bfloat16, device="meta")[..., :64]
+        index = torch.empty(8192, dtype=torch.int32, device="meta")
+        shared = launch.shared_values(along, "sm_90", 0.125, index, None, None, q=x, k=k, v=v)
+        lse = torch.empty(1, 8, 8192, device="meta")
+        values = launch.branch_values(along, choice, HeadOffsets(()), {**shared, "p_out": out, "p_lse": lse})
+        given = launch.prepared(choice, values)[1]
+        assert ("STAGES" in given) is loads
 
 
 def test_a_tile_that_a_compiler_gets_wrong_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from dilated_attention_pytorch import device, generated
 from dilated_attention_pytorch.config import LaunchConfig
 from dilated_attention_pytorch.device import Toolchain
 from dilated_attention_pytorch.errors import ConfigError
+from dilated_attention_pytorch.order import TokenOrder
 from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
@@ -25,7 +27,7 @@ from dilated_attention_pytorch.variant import Variant
 
 from .. import gluon, kernels
 from ..cases import Case, Inputs, make_inputs, oracle
-from ..kernels import CHAIN_RINGS, CHAINS, RINGS, poisoned_outputs
+from ..kernels import ALONG_ORDERS, CHAIN_RINGS, CHAINS, ORDER_RINGS, RINGS, poisoned_outputs
 from ..tolerances import Results, check_results
 
 pytest.importorskip("triton", reason="its descriptors say where rows lie")
@@ -61,8 +63,11 @@ def _load(name: str) -> Any:
 
 
 def planned(case: Case, tiles: Tiles) -> Plan:
+    problem = case.problem
+    if case.order == "snake":
+        problem = replace(problem, order="snake", row_width=TokenOrder("snake").row_width(case.N) or 0)
     return plan(
-        case.problem,
+        problem,
         device.simulated("h100"),
         "triton",
         Options((*tiles.items(),)),
@@ -73,7 +78,8 @@ def planned(case: Case, tiles: Tiles) -> Plan:
 def run(case: Case, inputs: Inputs, tiles: Tiles) -> tuple[Results, set[str]]:
     """Forward and backward of a case in Gluon, and the texts that ran."""
     chosen = planned(case, tiles)
-    given: dict[str, Any] = {"scale": case.D**-0.5, "index": None, "mask": None, "offsets": HeadOffsets(case.offsets)}
+    given: dict[str, Any] = {"scale": case.D**-0.5, "mask": None, "offsets": HeadOffsets(case.offsets)}
+    given["index"] = None if inputs.order is None else inputs.order.int()
     with mock.patch.object(generated, "load", _load), poisoned_outputs():
         out, lse = launch.forward(chosen, *inputs[:3], **given)
         gradients = launch.backward(chosen, *inputs[:3], out, lse, inputs.dout, inputs.dlse, **given)
@@ -128,6 +134,18 @@ def test_all_gradients_come_from_one_launch(places: int, branches: tuple[tuple[i
     check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
 
 
+@pytest.mark.parametrize("tiles", range(len(ORDER_RINGS)))
+@pytest.mark.parametrize("case", ALONG_ORDERS.values(), ids=ALONG_ORDERS)
+def test_a_ring_follows_an_order(case: Case, tiles: int) -> None:
+    """Rows of other tokens, looked up a turn too early or late; a group of copies that is waited for too late."""
+    inputs = make_inputs(case, "cpu")
+    actual, texts = run(case, inputs, ORDER_RINGS[tiles])
+    along = "snake" if case.order == "snake" else "hilbert"
+    assert any(along in name for name in texts)
+    assert all(name.endswith("_ring") for name in texts)
+    check_results(actual, oracle(case, inputs), case.dtype, dout=inputs.dout)
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Case, Tiles]:
     """A call that rings may compute, with the tiles of some: whole segments as often as tails."""
@@ -144,6 +162,7 @@ def calls(draw: st.DrawFn) -> tuple[Case, Tiles]:
         head_offset=draw(st.sampled_from(("cyclic", "blocked", "zero"))),
         causal=draw(st.booleans()),
         padding=draw(st.sampled_from(("none", "none", "zeros"))),
+        order=draw(st.sampled_from(("none", "none", "none", "random", "snake"))),
         dtype=draw(st.sampled_from(("bf16", "fp16"))),
     )
     tiles = dict(draw(st.sampled_from(RINGS + CHAIN_RINGS)))

@@ -171,7 +171,8 @@ def backward(
 def _computes_delta(plan: Plan) -> Choice | None:
     """The launch that takes delta from out, and so needs no kernel before it: it sees all rows, and its text can."""
     choices = [choice for choice in plan.backward if choice.op in ("dq", BACKWARD)]
-    return choices[0] if len(choices) == 1 and choices[0].variant.ring and not choices[0].wider else None
+    able = len(choices) == 1 and choices[0].variant.ring and choices[0].variant.order == "none"
+    return choices[0] if able and not choices[0].wider else None
 
 
 def _sides(
@@ -325,8 +326,8 @@ def prepared(choice: Choice, values: Mapping[str, Any]) -> tuple[Any, dict[str, 
     if choice.op == "dkdv":
         given["p_dq"] = None  # whatever tensors there are: one kernel for the tuner, CI and calls
     if config.loads in IN_GLUON:
-        described = _described(kernel, choice, given)
-        if not described:
+        described = _described(kernel, choice, given) if choice.variant.described else {}
+        if not described and not (choice.variant.order != "none" and _is_copied(kernel, given)):
             return prepared(_by_pointers(choice, values), values)
         given |= described | {"STAGES": config.num_stages, "n_programs": programs}
         programs = min(programs, _staying(choice, values) or programs)
@@ -403,6 +404,13 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
         for name, tile in used.items():
             made[f"{name}_last"] = _descriptor_of_ring(values[name], *tile, columns, last=True)
     return {"TMA": True} | made
+
+
+def _is_copied(kernel: Any, values: Mapping[str, Any]) -> bool:
+    """Rows of tokens that lie anywhere are copied in 16 bytes."""
+    used = [values[name] for name in ("p_q", "p_k", "p_v", "p_dout") if name in kernel.arg_names]
+    aligned = values["UNIT"] * used[0].element_size() == 16 and all(x.data_ptr() % 16 == 0 for x in used)
+    return aligned and all(x.stride(3) == 1 for x in used)
 
 
 def _is_describable(x: Tensor, stride: int, tails: bool) -> bool:

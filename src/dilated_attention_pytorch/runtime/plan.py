@@ -560,7 +560,8 @@ def _is_loaded(
 ) -> bool:
     """There is a text that loads tiles as this configuration says."""
     variant = text_for(problem, branches, op, config, texts)
-    return config.loads == "pointer" or (variant is not None and variant.described)
+    loaded = variant is not None and (variant.ring or variant.described)
+    return config.loads == "pointer" or loaded
 
 
 def step_down(problem: Problem, choice: Choice) -> Choice:

@@ -145,10 +145,14 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return "a producer loads for two warpgroups of a forward, 128 rows"
     if op == "dq" and config.num_stages < 2:
         return "dq begins a tile's scores while it holds the tile before: its ring has two places at least"
-    if problem.queries == "all" or acting_order(problem, branch) != "none" or problem.mask or problem.dropout:
-        return "a ring of tiles knows no order, mask or dropout, and the kept steps alone ask"
+    if problem.queries == "all" or problem.mask or problem.dropout:
+        return "a ring of tiles knows no mask or dropout, and the kept steps alone ask"
     if len(branches) > 1:
         return None
+    if acting_order(problem, branch) != "none":
+        if op == BACKWARD or config.loads == "producer":
+            return "along an order a ring's fwd, dkdv or dq loads for itself"
+        return None if fills(problem, branch, op, config) else "along an order a ring has no tails, of rows or columns"
     if op == BACKWARD and problem.heads != problem.kv_heads:
         return "a ring gives all gradients of keys that one head asks"
     if fills(problem, branch, op, config):
@@ -203,8 +207,9 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
             return None
         one = op == BACKWARD
         patterns = (pattern for pattern in _patterns(problem, branch) if not (one and pattern[0] == "full"))
+        order = acting_order(problem, branch)
         if fills(problem, branch, op, config):
-            rings = (Variant(*pattern, one_tile=one, even=True, ring=True) for pattern in patterns)
+            rings = (Variant(*pattern, order, one_tile=one, even=True, ring=True) for pattern in patterns)
         else:
             rings = (Variant(*pattern, ring=True) for pattern in patterns if pattern[1] is None)
         return next((variant for variant in rings if variant.name in texts), None)

@@ -156,10 +156,11 @@ def _registers(task: Task, device: Device) -> tuple[Value, ...]:
 def _loads(task: Task, device: Device) -> tuple[Value, ...]:
     """The better ways: into a ring where there is one, else by descriptor where there are any.
 
-    Of several branches both are tried: a ring's has but few tiles.
+    Of several branches both are tried, as a ring's has but few tiles, and along an order, where rows are copied.
     """
     best, *others = _all_loads(task, device)
-    both = best == "producer" or (best == "ring" and _class(task) is not None)
+    few = _class(task) is not None or task.problem.order != "none"
+    both = best == "producer" or (best == "ring" and few)
     return (best, others[0]) if both else (best,)
 
 
