@@ -157,7 +157,7 @@ CHOSEN = (
     ("general_one_even_ring", "bwd", LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"), 64),
     ("s2048_d1_even_ring", "dq", LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"), 128),
     ("general_hilbert_even_ring", "fwd", LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"), 64),
-    ("general_snake_even_ring", "dq", LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"), 128),
+    ("general_hilbert_even_ring", "dq", LaunchConfig(64, 64, num_warps=4, num_stages=3, loads="ring"), 128),
     ("s1024_d2_hilbert_even_ring", "dkdv", LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"), 64),
 )
 """What a measurement may choose and no default does."""

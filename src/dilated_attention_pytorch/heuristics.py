@@ -92,6 +92,17 @@ _RINGS_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
         256: (LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),),
     },
 }
+# Along an order all warps copy rows, so that a forward gains by more queries for each key.
+_FORWARD_ALONG_ORDERS_ON_HOPPER: dict[int, tuple[LaunchConfig, ...]] = {
+    128: (
+        LaunchConfig(128, 64, num_warps=8, num_stages=2, loads="ring"),
+        LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+    ),
+    256: (
+        LaunchConfig(128, 128, num_warps=8, num_stages=2, loads="ring"),
+        LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring"),
+    ),
+}
 # All gradients of segments of so many rows, by head_dim. Of 64 rows Triton's text takes 0.80 to 0.94 of the time.
 _ALL_GRADIENTS_ON_HOPPER = {
     (128, 64): LaunchConfig(64, 128, num_warps=8, num_stages=2, loads="ring"),
@@ -186,6 +197,7 @@ def default(
     *,
     pairs: int | None = None,
     causal: bool = False,
+    ordered: bool = False,
 ) -> list[LaunchConfig]:
     """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
@@ -198,6 +210,7 @@ def default(
         arch: What Triton compiles for; one that is not in the tables gets the small tiles.
         pairs: Segments times heads times sequences; None is many.
         causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
+        ordered: Along an order.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
@@ -212,7 +225,8 @@ def default(
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:
-        rings = _RINGS_ON_HOPPER[op].get(row_bytes, ()) if takes_rings(arch, head_dim, dtype) else ()
+        tiles = _FORWARD_ALONG_ORDERS_ON_HOPPER if ordered and op == "fwd" else _RINGS_ON_HOPPER[op]
+        rings = tiles.get(row_bytes, ()) if takes_rings(arch, head_dim, dtype) else ()
         if op == "dq" and row_bytes == 128 and are_few(pairs, max(queries, keys)):
             rings = tuple(replace(config, block_n=128) for config in rings)
         if not suits_a_producer(min(queries, keys), pairs, causal):

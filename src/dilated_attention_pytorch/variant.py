@@ -90,7 +90,7 @@ class Variant:
         if self.ring and not self.ringable:
             raise ConfigError(
                 "in a ring of tiles the kept steps ask: even, or of one branch without an order, general and in loops; "
-                "along an order in loops; of several branches the first keeps every step"
+                "any order is read through an index, in loops; of several branches the first keeps every step"
             )
         if self.wider:
             self._check_chain()
@@ -114,7 +114,7 @@ class Variant:
         if self.wider:
             return self.even and self.dilation == 1
         if self.order != "none":
-            return self.even and not self.one_tile
+            return self.order == "hilbert" and self.even and not self.one_tile
         general = self.dilation is None and not self.one_tile
         return self.even or general
 

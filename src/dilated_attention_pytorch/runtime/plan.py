@@ -21,6 +21,7 @@ from ..variant import Variant
 from .options import DEFAULTS, Options
 from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
+    acting_order,
     chain,
     key_of,
     may_give_all_gradients,
@@ -551,7 +552,10 @@ def untuned(
         configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     else:
         pairs = ProblemKey.of(problem, op, branches[0]).grid
-        configs = heuristics.default(op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal)
+        ordered = acting_order(problem, branches[0]) != "none"
+        configs = heuristics.default(
+            op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal, ordered=ordered
+        )
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 

@@ -207,7 +207,7 @@ def variant_for(problem: Problem, branch: int, op: str, config: LaunchConfig, te
             return None
         one = op == BACKWARD
         patterns = (pattern for pattern in _patterns(problem, branch) if not (one and pattern[0] == "full"))
-        order = acting_order(problem, branch)
+        order = "none" if acting_order(problem, branch) == "none" else "hilbert"  # a snake is read faster than computed
         if fills(problem, branch, op, config):
             rings = (Variant(*pattern, order, one_tile=one, even=True, ring=True) for pattern in patterns)
         else:

@@ -24,7 +24,6 @@ from ..runtime.arguments import HeadOffsets
 from ..runtime.dropout import Dropout
 from ..runtime.launch import DELTA, branch_values, compile_options, prepared, prepared_delta, shared_values
 from ..runtime.plan import Choice
-from ..runtime.variants import acting_order
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
@@ -78,7 +77,7 @@ def compile_offline(problem: Problem, choice: Choice, arch: str, *, computes_del
     offsets = None
     if problem.head_offset == "table":
         offsets = torch.empty((len(problem.branches), problem.heads), dtype=torch.int32, device="meta")
-    shared = _shared(problem, acting_order(problem, choice.branch), arch)
+    shared = _shared(problem, choice.variant.order, arch)
     if choice.op != "fwd" and not computes_delta:
         shared["p_out"] = None
     values = branch_values(problem, choice, HeadOffsets((), offsets), shared)
