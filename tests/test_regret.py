@@ -13,13 +13,14 @@ import pytest
 
 from benchmarks import regret, retimed
 from benchmarks.regret import FASTEST, WHERE, Drawn
-from dilated_attention_pytorch import database
+from dilated_attention_pytorch import database, generated
 from dilated_attention_pytorch import device as devices
 from dilated_attention_pytorch.config import EVERY_OP, OPS, LaunchConfig, next_power_of_two
 from dilated_attention_pytorch.database import Database
 from dilated_attention_pytorch.device import Device, Toolchain
 from dilated_attention_pytorch.errors import ArgumentError
 from dilated_attention_pytorch.runtime.plan import plan
+from dilated_attention_pytorch.runtime.variants import text_for
 from dilated_attention_pytorch.tuning import problems, space, worker
 from dilated_attention_pytorch.tuning.measure import Answer, Checked, CheckJob, Job
 from dilated_attention_pytorch.tuning.tune import Progress, Settings
@@ -65,6 +66,21 @@ def test_problems_are_new_and_where_they_say(tuned: Database) -> None:
         assert key not in known and one.choice.op == key.op
         places = {"across": not alike, "between": bool(alike) and min(alike) <= rows <= max(alike)}
         assert places.get(one.where, bool(alike) and not min(alike) <= rows <= max(alike)), (one.where, key, alike)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_candidate_has_a_text(tuned: Database, seed: int) -> None:
+    """A tuner that ends in an assertion at a length which no preset has: a default that loads as no text of it does."""
+    branches_of = []
+    for one in regret.draw(regret.COUNT, seed, H100, TOOLCHAIN, tuned):
+        task = one.task
+        begun = space.space(task, H100)
+        near = [candidate for first in begun[::5] for candidate in space.neighbours(task, H100, first)]
+        branches_of.append(problems.every_branch(task.problem))
+        for candidate in (*begun, *near):
+            text = text_for(task.problem, branches_of[-1], task.op, candidate.config, generated.names())
+            assert text is not None, (task, candidate)
+    assert any(len(branches) > 1 for branches in branches_of)
 
 
 def test_nothing_tuned_is_told() -> None:

@@ -545,10 +545,10 @@ def untuned(
     head_dim, dtype = problem.head_dim, problem.dtype
     if len(branches) > 1 and op == BACKWARD:
         return []  # no tile holds all keys that a query meets
-    if len(branches) > 1:
-        return heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
     rows_of = query_rows(problem, branches[0]), problem.rows(branches[0])
-    if op == BACKWARD:
+    if len(branches) > 1:
+        configs = heuristics.default_of_chain(op, head_dim, dtype, rows_of_class(problem, branches), arch)
+    elif op == BACKWARD:
         configs = heuristics.default_of_all_gradients(head_dim, dtype, *rows_of, arch)
     else:
         pairs = ProblemKey.of(problem, op, branches[0]).grid
