@@ -55,6 +55,13 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
 }
 _CAUSAL_ON_HOPPER = (64, 64, 4, 3)
 """Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in regret_nvidia-h100-80gb-hbm3.json."""
+# By pointers, with tails or along an order: what looks up or masks rows has fewer registers for scores. On an H100 the
+# forward of 14 problems takes 1.05 times as long as the best of a search in the mean, and 1.17 in the tiles above.
+_LOOKED_UP_ON_HOPPER: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "fwd": {128: (64, 32, 4, 3), 256: (64, 32, 4, 3)},
+    "dkdv": {},
+    "dq": {256: (128, 64, 8, 3)},
+}
 # By tensor descriptor, head_dim 64 and 128, segments of 128 rows or more: measured on an H100 at 128 to 8192 rows.
 _DESCRIBED_ON_HOPPER: dict[str, dict[int, tuple[LaunchConfig, ...]]] = {
     "fwd": {
@@ -198,6 +205,7 @@ def default(
     pairs: int | None = None,
     causal: bool = False,
     ordered: bool = False,
+    ragged: bool = False,
 ) -> list[LaunchConfig]:
     """Untuned configurations, best first; the caller takes the first that fits its device and has a text.
 
@@ -211,6 +219,7 @@ def default(
         pairs: Segments times heads times sequences; None is many.
         causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
         ordered: Along an order.
+        ragged: Tiles have tails, of rows or columns.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
@@ -223,6 +232,8 @@ def default(
         sizes = table[min(most for most in table if unpadded <= most)]
         if causal and arch == "sm_90" and op == "fwd" and row_bytes <= 128:
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
+        if arch == "sm_90" and (ragged or (ordered and op == "fwd")) and row_bytes in _LOOKED_UP_ON_HOPPER[op]:
+            sizes = (_LOOKED_UP_ON_HOPPER[op][row_bytes], *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:
         tiles = _FORWARD_ALONG_ORDERS_ON_HOPPER if ordered and op == "fwd" else _RINGS_ON_HOPPER[op]
@@ -253,7 +264,8 @@ def default_of_chain(op: str, head_dim: int, dtype: str, rows: int, arch: str) -
     measured = _CHAINS_ON_HOPPER.get((loads, padded_head_dim(head_dim) * DTYPE_BYTES[dtype]), {})
     best = [measured[op]] if arch == "sm_90" and op in measured else []
     rings = [_RINGS_OF_CHAINS[padded_head_dim(head_dim)][op]] if takes_rings(arch, head_dim, dtype) else []
-    others = (replace(config, loads=loads) for config in default(op, head_dim, dtype, rows, rows, arch))
+    alone = (config for config in default(op, head_dim, dtype, rows, rows, arch) if config.loads == "pointer")
+    others = (replace(config, loads=loads) for config in alone)
     configs = [*rings, *best, *others]
     return [config for config in configs if rows % config.block_m == 0 and rows % config.block_n == 0]
 
@@ -272,7 +284,11 @@ def default_of_all_gradients(head_dim: int, dtype: str, queries: int, keys: int,
     if rows > ONE_TILE_ROWS:
         return []
     block_m, block_n = (max(next_power_of_two(side), 16) for side in (queries, keys))
-    in_triton = LaunchConfig(block_m, block_n, num_warps=8 if rows > 64 else 4, num_stages=1)
+    if dtype == "fp32" and arch == "sm_90" and keys > 64:
+        block_m = min(block_m, 32)  # 0.57 and 0.60 of the time of 128, on an H100
+    # In 16 bits four warps hold the sums of 64 keys: 0.70 and 1.00 of eight's time, on an H100.
+    wide = rows if dtype == "fp32" else keys
+    in_triton = LaunchConfig(block_m, block_n, num_warps=8 if wide > 64 else 4, num_stages=1)
     ring = _ALL_GRADIENTS_ON_HOPPER.get((keys, head_dim)) if takes_rings(arch, head_dim, dtype) else None
     return [in_triton] if ring is None else [ring, in_triton]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
     acting_order,
     chain,
+    fills,
     key_of,
     may_give_all_gradients,
     query_rows,
@@ -553,9 +554,9 @@ def untuned(
     else:
         pairs = ProblemKey.of(problem, op, branches[0]).grid
         ordered = acting_order(problem, branches[0]) != "none"
-        configs = heuristics.default(
-            op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal, ordered=ordered
-        )
+        ragged = not fills(problem, branches[0], op, heuristics.RING)
+        suited = partial(heuristics.default, op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal)
+        configs = suited(ordered=ordered, ragged=ragged)
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
 
 
