@@ -55,8 +55,9 @@ _TABLES: dict[str, dict[str, dict[int, _Sizes]]] = {
 }
 _CAUSAL_ON_HOPPER = (64, 64, 4, 3)
 """Forward, rows of 128 bytes: 0.86 and 0.91 of the others' time in regret_nvidia-h100-80gb-hbm3.json."""
-# By pointers, with tails or along an order: what looks up or masks rows has fewer registers for scores. On an H100 the
-# forward of 14 problems takes 1.05 times as long as the best of a search in the mean, and 1.17 in the tiles above.
+# By pointers, with tails of rows or along an order: what looks up or masks rows has fewer registers for scores. On an
+# H100 the forward of 14 problems takes 1.05 times as long as the best of a search in the mean, 1.17 in the tiles above.
+# Of 64 keys at head_dim 64 nobody has timed it.
 _LOOKED_UP_ON_HOPPER: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "fwd": {128: (64, 32, 4, 3), 256: (64, 32, 4, 3)},
     "dkdv": {},
@@ -219,7 +220,7 @@ def default(
         pairs: Segments times heads times sequences; None is many.
         causal: Of the keys of a tile of queries those in the last tile are half in vain: smaller tiles waste less.
         ordered: Along an order.
-        ragged: Tiles have tails, of rows or columns.
+        ragged: Tiles have tails of rows.
     """
     row_bytes = padded_head_dim(head_dim) * _operand_bytes(dtype, arch)
     if _splits(dtype, arch):
@@ -232,7 +233,8 @@ def default(
         sizes = table[min(most for most in table if unpadded <= most)]
         if causal and arch == "sm_90" and op == "fwd" and row_bytes <= 128:
             sizes = (_CAUSAL_ON_HOPPER, *sizes)
-        if arch == "sm_90" and (ragged or (ordered and op == "fwd")) and row_bytes in _LOOKED_UP_ON_HOPPER[op]:
+        looked_up = (ragged or (ordered and op == "fwd")) and (keys > 64 or row_bytes > 128)
+        if arch == "sm_90" and looked_up and row_bytes in _LOOKED_UP_ON_HOPPER[op]:
             sizes = (_LOOKED_UP_ON_HOPPER[op][row_bytes], *sizes)
     described: list[LaunchConfig] = []
     if arch == "sm_90" and min(queries, keys) >= DESCRIBED_ROWS:

@@ -83,6 +83,24 @@ def test_they_follow_orders(tmp_path: Path, order: str, branches: tuple[tuple[in
     assert {choice.op for choice in untuned(tmp_path, replace(along, branches=((256, 2),)))} == {"fwd", "dkdv", "dq"}
 
 
+@pytest.mark.parametrize(
+    ("change", "tiles"),
+    [
+        ({"head_dim": 48, "branches": ((128, 1),)}, (128, 64)),  # tails of columns alone look nothing up
+        ({"mask": True, "length": 8101}, (64, 32)),
+        ({"order": "snake", "row_width": 100, "length": 8101}, (64, 32)),
+        ({"order": "hilbert", "queries": "all", "branches": ((128, 2),)}, (128, 64)),  # 64 keys: not timed otherwise
+    ],
+    ids=str,
+)
+def test_what_looks_up_or_masks_rows_takes_small_tiles(
+    tmp_path: Path, change: dict[str, object], tiles: tuple[int, int]
+) -> None:
+    """Tiles that are 1.17 times as slow as the best where rows are masked; or small ones where none are."""
+    forward = next(choice for choice in untuned(tmp_path, replace(EVEN, **change)) if choice.op == "fwd")
+    assert (forward.config.loads, forward.config.block_m, forward.config.block_n) == ("pointer", *tiles)
+
+
 def test_rows_that_no_16_bytes_hold_are_read_by_pointers() -> None:
     """A copy that the hardware refuses, in the middle of a training."""
     along = replace(EVEN, order="hilbert")

@@ -23,7 +23,6 @@ from .refusals import cudnn_takes, refusals, torch_refusals
 from .variants import (
     acting_order,
     chain,
-    fills,
     key_of,
     may_give_all_gradients,
     query_rows,
@@ -31,6 +30,7 @@ from .variants import (
     rows_of_class,
     stood_in_for,
     text_for,
+    why_ragged,
 )
 
 BACKENDS = ("triton", "torch", "reference")
@@ -554,7 +554,7 @@ def untuned(
     else:
         pairs = ProblemKey.of(problem, op, branches[0]).grid
         ordered = acting_order(problem, branches[0]) != "none"
-        ragged = not fills(problem, branches[0], op, heuristics.RING)
+        ragged = why_ragged(problem, branches[0], op, heuristics.RING, one_tile=False) is not None
         suited = partial(heuristics.default, op, head_dim, dtype, *rows_of, arch, pairs=pairs, causal=problem.causal)
         configs = suited(ordered=ordered, ragged=ragged)
     return [config for config in configs if _is_loaded(problem, branches, op, config, texts)]
