@@ -97,6 +97,9 @@ class Pointer:
     def __sub__(self, steps: Any) -> Pointer:
         return Pointer(self.memory, self.at - steps)
 
+    def __getitem__(self, shape: Any) -> Pointer:
+        return Pointer(self.memory, self.at[shape])
+
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         at = torch.as_tensor(self.at)
         wanted = torch.as_tensor(True if mask is None else mask).bool().expand(at.shape)
@@ -208,7 +211,7 @@ def _copy_tile(tiles: Descriptor, at: Sequence[int], bar: Barrier, into: Shared,
             bar.settle()
 
 
-def _copy_row(into: Shared, pointer: Pointer, mask: Any) -> None:
+def _copy_row(into: Shared, pointer: Pointer, mask: Any = None) -> None:
     _HERE.begun.append((into, _load(pointer, mask, 0.0)))
 
 

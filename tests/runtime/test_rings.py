@@ -101,14 +101,14 @@ def test_what_looks_up_or_masks_rows_takes_small_tiles(
     assert (forward.config.loads, forward.config.block_m, forward.config.block_n) == ("pointer", *tiles)
 
 
-def test_rows_that_no_16_bytes_hold_are_read_by_pointers() -> None:
-    """A copy that the hardware refuses, in the middle of a training."""
+def test_rows_that_cannot_be_copied_are_read_by_pointers() -> None:
+    """A copy that the hardware refuses, in the middle of a training; rows too far from the first for 32 bits."""
     along = replace(EVEN, order="hilbert")
     k, v, out = (torch.empty(1, 8192, 8, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
     variant = Variant.from_name("general_hilbert_even_ring")
     choice = Choice.of("fwd", (0,), variant, RING, "test", "")
-    for width, loads in ((64, True), (66, False)):
-        x = torch.empty(1, 8192, 8, width, dtype=torch.bfloat16, device="meta")[..., :64]
+    for heads, width, loads in ((8, 64, True), (8, 66, False), (30000, 64, True), (33000, 64, False)):
+        x = torch.empty(1, 8192, heads, width, dtype=torch.bfloat16, device="meta")[:, :, :8, :64]
         index = torch.empty(8192, dtype=torch.int32, device="meta")
         shared = launch.shared_values(along, "sm_90", 0.125, index, None, None, q=x, k=k, v=v)
         lse = torch.empty(1, 8, 8192, device="meta")

@@ -407,10 +407,11 @@ def _described(kernel: Any, choice: Choice, values: Mapping[str, Any]) -> dict[s
 
 
 def _is_copied(kernel: Any, values: Mapping[str, Any]) -> bool:
-    """Rows of tokens that lie anywhere are copied in 16 bytes."""
+    """Rows of tokens that lie anywhere are copied in 16 bytes, each so many 16 bytes from the first as 32 bits hold."""
     used = [values[name] for name in ("p_q", "p_k", "p_v", "p_dout") if name in kernel.arg_names]
-    aligned = values["UNIT"] * used[0].element_size() == 16 and all(x.data_ptr() % 16 == 0 for x in used)
-    return aligned and all(x.stride(3) == 1 for x in used)
+    unit = values["UNIT"]
+    aligned = unit * used[0].element_size() == 16 and all(x.data_ptr() % 16 == 0 for x in used)
+    return aligned and all(x.stride(3) == 1 and x.shape[1] * x.stride(1) < unit * 2**31 for x in used)
 
 
 def _is_describable(x: Tensor, stride: int, tails: bool) -> bool:
