@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,8 @@ def render(variant: Variant, templates: Path = TEMPLATES) -> str:
 
     A template sees the variant's fields as plain names: name, segment, dilation, order, queries, one_tile, even, rows,
     and the questions that it asks most: general (segment and dilation come with the launch), full, described and
-    joinable. That of a chain sees its levels and its stride, the largest dilation.
+    joinable. That of a chain sees its levels, the logarithms of how many there may be, and its stride, the largest
+    dilation.
 
     Raises:
         CodegenError: The template is absent, is not well formed, or uses a name that nothing sets.
@@ -38,7 +40,9 @@ def render(variant: Variant, templates: Path = TEMPLATES) -> str:
     if variant.levels:
         stride = variant.levels[-1][1]
         template = CHAIN_RING if variant.ring else CHAIN
-        return _text(template, templates, name=variant.name, levels=variant.levels, stride=stride, even=variant.even)
+        logs = [0.0, *map(math.log2, range(1, len(variant.levels) + 1))]
+        known = {"levels": variant.levels, "stride": stride, "logs": logs, "even": variant.even}
+        return _text(template, templates, name=variant.name, **known)
     ring = RING if variant.order == "none" else ORDER_RING
     return _text(
         ring if variant.ring else ATTENTION,
