@@ -17,7 +17,6 @@ from dilated_attention_pytorch.runtime import launch
 from dilated_attention_pytorch.runtime.arguments import HeadOffsets
 from dilated_attention_pytorch.runtime.options import Options
 from dilated_attention_pytorch.runtime.plan import Choice, Plan, plan
-from dilated_attention_pytorch.runtime.variants import refuses_ring
 from dilated_attention_pytorch.tuning import screen
 from dilated_attention_pytorch.variant import Variant
 
@@ -115,16 +114,6 @@ def test_rows_that_cannot_be_copied_are_read_by_pointers() -> None:
         values = launch.branch_values(along, choice, HeadOffsets(()), {**shared, "p_out": out, "p_lse": lse})
         given = launch.prepared(choice, values)[1]
         assert ("STAGES" in given) is loads
-
-
-def test_a_tile_that_a_compiler_gets_wrong_is_refused() -> None:
-    """A kernel that never ends, by `config=`, by a measurement's step, or out of a database."""
-    short = replace(RING, block_n=32)
-    ragged = replace(EVEN, length=8101, branches=((2049, 3),))
-    assert "ptxas 12.8" in (refuses_ring(ragged, (0,), "fwd", short) or "")
-    assert refuses_ring(ragged, (0,), "fwd", RING) is None
-    assert refuses_ring(ragged, (0,), "dq", short) is None
-    assert refuses_ring(EVEN, (0,), "fwd", short) is None
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,6 @@ from ..variant import Variant, is_chain
 
 HELD_BY_A_RING = (64, 128)
 """Rows of a segment whose dk and dv the warpgroups of one CTA hold, 64 each, in Gluon."""
-RAGGED_KEYS = 64
-"""Keys that a tile of a ragged ring's forward has at least. With 32, and a rate that is no power of two, LLVM counts
-tiles in 16 bits, and ptxas 12.8, which Triton 3.6 brings, takes both halves of a packed maximum for the one comparison
-that may skip the loop over whole tiles: a segment of one such tile counts on for ever. ptxas 12.9 does not."""
 CHAIN_ROWS = 512
 """Rows that each class of a chain's narrowest segment has a multiple of: tiles divide them, and are many. On an H100 a
 chain of five with 128 rows a class took 1.2 times as long as the first three of it with 512 and the others alone."""
@@ -159,8 +155,6 @@ def refuses_ring(problem: Problem, branches: tuple[int, ...], op: str, config: L
         return None
     if op == BACKWARD:
         return f"tiles of {config.name} do not fill the segments, these not the sequence, or rows not their tile"
-    if op == "fwd" and config.block_n < RAGGED_KEYS:
-        return f"a ragged ring's forward takes {RAGGED_KEYS} keys or more a tile: ptxas 12.8 compiles fewer wrongly"
     if problem.head_offset == "table":
         return "a ragged ring knows no table of offsets"
     if problem.branches[branch][1] > 1 and not _asks_whole_segments(problem, branch):
