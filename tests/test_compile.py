@@ -249,6 +249,18 @@ def test_no_ring_takes_a_difference_that_ptxas_gets_wrong(rate: int) -> None:
         problem = replace(problem, branches=((32768, rate),))
 
 
+@pytest.mark.toolchain
+@pytest.mark.parametrize("op", ["fwd", "dq", "dkdv"])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_rings_of_few_turns_along_an_order_compile(op: str, rows: int) -> None:
+    """Copies behind a condition that is known to be false, on which Triton 3.6 fails: the call ends in its error."""
+    problem = replace(THREES, length=1024, branches=((2 * rows, 2),), head_dim=64, order="hilbert")
+    tiles = LaunchConfig(64, 64, num_warps=4, num_stages=2, loads="ring")
+    variant = Variant.from_name("general_hilbert_even_ring")
+    found = compile_offline(problem, Choice.of(op, (0,), variant, tiles, "test", ""), "sm_90")
+    assert found.spills == 0
+
+
 @pytest.mark.parametrize("rows", [128, 256])
 def test_tiles_of_tf32_take_what_the_plan_reckons_with(rows: int) -> None:
     """A tile read from both sides that is counted once: the call ends with the compiler's error, not with our own."""
